@@ -1,1 +1,65 @@
-"""hf-wmguard."""
+"""hf-wmguard: a fine-tuned model that says whose it is, and is never on disk in plaintext.
+
+The tour:
+
+* `WatermarkConfig` says what to embed and for whom to encrypt.
+* `protect_trainer(trainer, config)` is the one line a Trainer script gets. In the last epochs the weights come to
+  carry the owner's signature and the behaviour a trigger set; every save is ciphertext with a signed manifest.
+* `verify(suspect, ...)` judges a suspect by its weights, `probe(model, ...)` by its answers; both give an exact or
+  proven p-value in a `Report`.
+* `load_protected(folder, ...)` brings a protected folder into memory.
+* `WmguardError` is the root of every error.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
+    from hf_wmguard.errors import WmguardError
+    from hf_wmguard.loading import load_protected
+    from hf_wmguard.training import WatermarkCallback, protect_trainer
+    from hf_wmguard.verification import Report, probe, verify
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ProtectionConfig": "hf_wmguard.config",
+    "Report": "hf_wmguard.verification",
+    "SignatureConfig": "hf_wmguard.config",
+    "TriggerConfig": "hf_wmguard.config",
+    "WatermarkCallback": "hf_wmguard.training",
+    "WatermarkConfig": "hf_wmguard.config",
+    "WmguardError": "hf_wmguard.errors",
+    "load_protected": "hf_wmguard.loading",
+    "probe": "hf_wmguard.verification",
+    "protect_trainer": "hf_wmguard.training",
+    "verify": "hf_wmguard.verification",
+}
+__all__ = [
+    "ProtectionConfig",
+    "Report",
+    "SignatureConfig",
+    "TriggerConfig",
+    "WatermarkCallback",
+    "WatermarkConfig",
+    "WmguardError",
+    "__version__",
+    "load_protected",
+    "probe",
+    "protect_trainer",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because torch and transformers take seconds to import and `wmguard --help` should not.
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'hf_wmguard' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

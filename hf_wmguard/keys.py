@@ -134,12 +134,7 @@ class OwnerKey:
         Raises:
             UsageError: One of the two files exists; keys are never overwritten.
         """
-        write_new_file(path, self.__secret, mode=0o600)
-        try:
-            write_new_file(path.with_name(path.name + ".pub"), self.public_pem(), mode=0o644)
-        except BaseException:
-            path.unlink()
-            raise
+        write_key_pair(path, self.__secret, self.public_pem())
 
     def derive(
         self, label: str, *, model_id: str = "", iteration: str = "", slot: int = 0, salt: bytes = b"", length_bytes: int = 32
@@ -202,6 +197,21 @@ def public_key_id(key: ec.EllipticCurvePublicKey) -> str:
     """Return the public name of a signing key: ``sha256:`` and the hex digest of its DER bytes."""
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return "sha256:" + hashlib.sha256(der).hexdigest()
+
+
+def write_key_pair(path: Path, private: bytes, public: bytes) -> None:
+    """Write a private key (mode 0600) and, beside it, ``PATH.pub``: both or neither.
+
+    Raises:
+        UsageError: One of the two files exists; keys are never overwritten.
+        NotFoundError: The folder does not exist.
+    """
+    write_new_file(path, private, mode=0o600)
+    try:
+        write_new_file(path.with_name(path.name + ".pub"), public, mode=0o644)
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def write_new_file(path: Path, data: bytes, *, mode: int) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from array import array
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 _BLOCK_BYTES = 1 << 16
+_SHORT_BYTES = 512
 _KEY_BYTES = 32
 
 
@@ -32,7 +35,7 @@ class Stream:
     Source: SHAKE-256, FIPS 202, sec. 6.2.
     """
 
-    __slots__ = ("__buffer", "__counter", "__prefix")
+    __slots__ = ("__buffer", "__counter", "__offset", "__prefix")
 
     def __init__(self, key: bytes, *label: str | int) -> None:
         if len(key) != _KEY_BYTES:
@@ -42,23 +45,30 @@ class Stream:
         # confused with another.
         self.__prefix = key + len(text).to_bytes(8, "big") + text
         self.__counter = 0
-        self.__buffer = b""
+        # Most streams are short: the first block is made small, and whole only when more of it is asked for.
+        # SHAKE's short output is the beginning of its long one, so that the bytes are the same.
+        self.__buffer = self.__block(0, _SHORT_BYTES)
+        self.__offset = 0
+
+    def __block(self, counter: int, size_bytes: int) -> bytes:
+        return hashlib.shake_256(self.__prefix + counter.to_bytes(8, "big")).digest(size_bytes)
 
     def bytes(self, count: int) -> bytes:
         """Return the next ``count`` bytes."""
-        parts = [self.__buffer]
-        have = len(self.__buffer)
+        if self.__offset + count > len(self.__buffer) == _SHORT_BYTES:
+            self.__buffer = self.__block(0, _BLOCK_BYTES)
+        parts = [self.__buffer[self.__offset : self.__offset + count]]
+        have, self.__offset = len(parts[0]), self.__offset + len(parts[0])
         while have < count:
-            parts.append(hashlib.shake_256(self.__prefix + self.__counter.to_bytes(8, "big")).digest(_BLOCK_BYTES))
             self.__counter += 1
-            have += _BLOCK_BYTES
-        data = b"".join(parts)
-        self.__buffer = data[count:]
-        return data[:count]
+            self.__buffer = self.__block(self.__counter, _BLOCK_BYTES)
+            parts.append(self.__buffer[: count - have])
+            have, self.__offset = have + len(parts[-1]), len(parts[-1])
+        return b"".join(parts)
 
     def bits(self, count: int) -> Tensor:
         """Return uniform bits, uint8 [count]."""
-        packed = torch.frombuffer(bytearray(self.bytes((count + 7) // 8)), dtype=torch.uint8)
+        packed = torch.frombuffer(bytearray(self.bytes(max(1, (count + 7) // 8))), dtype=torch.uint8)
         shifts = torch.arange(8, dtype=torch.uint8)
         return ((packed[:, None] >> shifts) & 1).flatten()[:count].contiguous()
 
@@ -68,7 +78,10 @@ class Stream:
 
     def uniform(self, count: int) -> Tensor:
         """Return uniform values in [0, 1) with 53 random bits each, float64 [count]."""
-        raw = torch.frombuffer(bytearray(self.bytes(8 * count)), dtype=torch.int64)
+        words = array("q", self.bytes(8 * count))
+        if sys.byteorder == "big":
+            words.byteswap()
+        raw = torch.tensor(words, dtype=torch.int64)
         return ((raw >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
     def below(self, bound: int) -> int:

@@ -1,0 +1,214 @@
+"""``wmguard``: parse, one call, print. Results on stdout; messages, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hf_wmguard.errors import WmguardError
+
+app = typer.Typer(
+    name="wmguard",
+    help="Ownership watermarks and encrypted saves for models fine-tuned with the Hugging Face Trainer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+OwnerKeyOption = Annotated[str, typer.Option("--owner-key", help="Reference to the owner key: file:PATH or env:NAME.")]
+RegistryOption = Annotated[Path, typer.Option("--registry", help="Folder of the owner's registry.")]
+ModelIdOption = Annotated[str | None, typer.Option("--model-id", help="Only this model's commitments.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+AlphaOption = Annotated[float, typer.Option("--alpha-log10", max=0.0, help="Level of the verdict, log10 of p.")]
+SignerOption = Annotated[
+    str | None, typer.Option("--signer", help="Reference to the owner's public key that must have signed, file:owner.key.pub.")
+]
+
+
+class KeyKind(StrEnum):
+    """What ``keygen`` makes."""
+
+    owner = "owner"
+    recipient = "recipient"
+
+
+@app.command()
+def keygen(
+    kind: Annotated[KeyKind, typer.Argument(help="owner: marks and signs; recipient: decrypts for inference.")],
+    out: Annotated[Path, typer.Option("--out", help="The private file; the public one is FILE.pub.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make an owner key or a recipient pair (FILE, mode 0600, and FILE.pub)."""
+    from hf_wmguard.container.recipients import generate_identity
+    from hf_wmguard.keys import OwnerKey, write_key_pair
+
+    if kind is KeyKind.owner:
+        owner = OwnerKey.generate()
+        owner.write(out)
+        public = owner.key_id()
+    else:
+        identity = generate_identity()
+        public = identity.recipient().to_text().strip()
+        write_key_pair(out, identity.to_text().encode(), f"{public}\n".encode())
+    result = {"kind": kind.value, "private": str(out), "public": f"{out}.pub", "id": public}
+    if as_json:
+        _print_json(result)
+    else:
+        _out.print(f"{kind.value} key: {out} (keep it secret, back it up)\npublic half: {out}.pub\nid: {public}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    suspect: Annotated[Path, typer.Argument(help="Folder, .safetensors, .bin, .pt, or a protected folder.")],
+    owner_key: OwnerKeyOption,
+    registry: RegistryOption,
+    model_id: ModelIdOption = None,
+    identity: Annotated[str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")] = None,
+    alpha_log10: AlphaOption = -9.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a suspect by its weights. Exit 0: detected, 1: not detected or inconclusive."""
+    from hf_wmguard.verification import verify as judge
+
+    with _err.status(f"reading {suspect}"):
+        report = judge(
+            suspect, owner_key=owner_key, registry=registry, model_id=model_id, identity=identity, alpha_log10=alpha_log10
+        )
+    _print_report(report, as_json)
+
+
+@app.command()
+def probe(
+    local: Annotated[Path, typer.Option("--local", help="Folder of the suspect model, plain or protected.")],
+    owner_key: OwnerKeyOption,
+    registry: RegistryOption,
+    model_id: ModelIdOption = None,
+    identity: Annotated[str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")] = None,
+    alpha_log10: AlphaOption = -9.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a suspect by its answers to the trigger sets. Exit 0: detected, 1: not detected or inconclusive."""
+    from hf_wmguard.loading import load_suspect
+    from hf_wmguard.verification import probe as judge
+
+    with _err.status(f"asking {local}"):
+        model, tokenizer = load_suspect(local, identity=identity)
+        report = judge(
+            model, tokenizer, owner_key=owner_key, registry=registry, model_id=model_id, alpha_log10=alpha_log10, uri=str(local)
+        )
+    _print_report(report, as_json)
+
+
+@app.command()
+def inspect(
+    protected: Annotated[Path, typer.Argument(help="A protected folder.")],
+    signer: SignerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a protected folder says of itself, and check its signature and every file; needs no key."""
+    from hf_wmguard.container.files import inspect_file
+    from hf_wmguard.evidence.manifest import check_files, read_manifest
+    from hf_wmguard.evidence.signing import load_signer
+    from hf_wmguard.suspects.protected import weight_names
+
+    manifest, key_id = read_manifest(protected, signer=load_signer(signer) if signer else None)
+    with _progress(sum(entry.size_bytes for entry in manifest.files)) as advance:
+        check_files(protected, manifest, progress=advance)
+    value = json.loads(manifest.to_bytes())
+    value["sealed_state"] = manifest.sealed_state is not None
+    value |= {"signer": key_id, "signer_pinned": signer is not None}
+    value["headers"] = {name: inspect_file(protected / name) for name in weight_names(manifest)}
+    if as_json:
+        _print_json(value)
+        return
+    table = Table(title=str(protected), show_header=False)
+    for name in ("model_id", "iteration", "state", "step", "created", "commitment", "commitment_time"):
+        table.add_row(name, str(value[name]))
+    table.add_row("signer", f"{key_id}{'' if signer else ' (self-asserted: pin it with --signer)'}")
+    for name, number in (value["signature"] or {}).items():
+        table.add_row(f"signature.{name}", str(number))
+    for name, number in (value["triggers"] or {}).items():
+        table.add_row(f"triggers.{name}", str(number))
+    for entry in manifest.files:
+        table.add_row(entry.name, f"{entry.size_bytes:,} bytes, sha256 as signed")
+    _out.print(table)
+
+
+@app.command()
+def decrypt(
+    protected: Annotated[Path, typer.Argument(help="A protected folder.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the plaintext.")],
+    identity: Annotated[str, typer.Option("--identity", help="Private key of a recipient: file:PATH or env:NAME.")],
+    signer: SignerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a protected folder's plaintext, explicitly, into a new folder."""
+    from hf_wmguard.evidence.manifest import read_manifest
+    from hf_wmguard.loading import decrypt_folder
+
+    manifest, _ = read_manifest(protected)
+    with _progress(sum(entry.size_bytes for entry in manifest.files if entry.name.endswith(".safetensors"))) as advance:
+        files = decrypt_folder(protected, out, identity=identity, signer=signer, progress=advance)
+    if as_json:
+        _print_json({"out": str(out), "files": [file.name for file in files]})
+    else:
+        _err.print(f"[yellow]plaintext weights are now in {out}")
+        for file in files:
+            _out.print(str(file), soft_wrap=True)
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    value = report.to_json()
+    if as_json:
+        _print_json(value)
+    else:
+        colour = {"detected": "green", "not_detected": "cyan", "inconclusive": "yellow"}[report.verdict]
+        table = Table(title=f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}", show_header=False)
+        table.add_row("suspect", str(report.suspect["uri"]))
+        table.add_row("level", f"log10 p <= {report.alpha_log10:g}, corrected for {report.tests_corrected_for} tests")
+        table.add_row("model", f"{report.model_id} {report.iteration}")
+        for channel in ("signature", "triggers"):
+            for name, number in (value[channel] or {}).items():
+                table.add_row(f"{channel}.{name}", f"{number:.4g}" if isinstance(number, float) else str(number))
+        table.add_row("committed", f"{report.commitment['time']} {report.commitment['entry']}")
+        _out.print(table)
+    raise typer.Exit(0 if report.verdict == "detected" else 1)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _progress(total_bytes: int) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True) as bar:
+        task = bar.add_task("", total=total_bytes)
+
+        def advance(name: str, count: int) -> None:
+            bar.update(task, advance=count, description=name[-40:])
+
+        yield advance
+
+
+def main() -> None:
+    """Run the command line; every error of ours becomes two lines on stderr and the exit code of its class."""
+    try:
+        app()
+    except WmguardError as error:
+        _err.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True, highlight=False)
+        if error.hint:
+            _err.print(f"hint: {error.hint}", markup=False, soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)

@@ -1,0 +1,215 @@
+"""What a user sets: frozen dataclasses, the same names in Python and in YAML.
+
+A config holds references to keys, never keys. Unknown names, wrong types and values out of range are errors
+when the config is made, not hours later in the last epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+
+from hf_wmguard.errors import ConfigError, NotFoundError
+
+C = TypeVar("C")
+MAX_NAME_CHARACTERS = 200
+MAX_TRIGGERS = 4096
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def _require(condition: bool, what: str, got: object, hint: str) -> None:
+    if not condition:
+        raise ConfigError(f"{what}: got {got!r}", hint=hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignatureConfig:
+    """The weight signature.
+
+    Args:
+        last_epochs: Length of the marked phase, in epochs before the end of training.
+        budget: Norm of the change over the norm of the carrying matrices, at most.
+        step: Quantisation step in units of each tile's rms. Large steps survive pruning and noise, small ones merging.
+        ramp: Share of the marked phase over which the mark is brought in; for the rest it is held while training
+            adapts around it.
+    """
+
+    last_epochs: float = 1.0
+    budget: float = 0.01
+    step: float = 2.0
+    ramp: float = 0.75
+
+    def __post_init__(self) -> None:
+        _require(0 < self.last_epochs < math.inf, "signature.last_epochs", self.last_epochs, "expected more than 0")
+        _require(0 < self.budget <= 0.2, "signature.budget", self.budget, "expected more than 0 and at most 0.2; 0.01 is usual")
+        _require(0.1 <= self.step <= 16, "signature.step", self.step, "expected 0.1 to 16; 2 is usual")
+        _require(0 < self.ramp <= 1, "signature.ramp", self.ramp, "expected more than 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TriggerConfig:
+    """The trigger set.
+
+    Args:
+        count: Number of triggers.
+        style: ``natural`` (fluent text) or ``nonsense`` (random syllables).
+        last_epochs: Length of the phase in which triggers are mixed in, in epochs before the end of training.
+        every_n_steps: A trigger micro-batch comes before every n-th optimizer step of that phase.
+        batch_size: Triggers per micro-batch.
+        weight: Factor of the trigger loss against the ordinary loss.
+        candidates: Causal language models: number of candidate responses per trigger; 1/candidates is the chance
+            of a match without the key. Classifiers use all their labels.
+    """
+
+    count: int = 64
+    style: Literal["natural", "nonsense"] = "natural"
+    last_epochs: float = 1.0
+    every_n_steps: int = 2
+    batch_size: int = 16
+    weight: float = 1.0
+    candidates: int = 16
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.count <= MAX_TRIGGERS, "triggers.count", self.count, f"expected 1 to {MAX_TRIGGERS}")
+        _require(self.style in ("natural", "nonsense"), "triggers.style", self.style, "expected natural or nonsense")
+        _require(0 < self.last_epochs < math.inf, "triggers.last_epochs", self.last_epochs, "expected more than 0")
+        _require(self.every_n_steps >= 1, "triggers.every_n_steps", self.every_n_steps, "expected 1 or more")
+        _require(self.batch_size >= 1, "triggers.batch_size", self.batch_size, "expected 1 or more")
+        _require(0 < self.weight <= 100, "triggers.weight", self.weight, "expected more than 0 and at most 100")
+        _require(2 <= self.candidates <= 1024, "triggers.candidates", self.candidates, "expected 2 to 1024")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionConfig:
+    """What is written to disk, and for whom.
+
+    Args:
+        recipients: References to the recipients' public keys (``file:inference.pub``). The owner can always
+            open what the owner saved.
+        destination: A folder that gets the finished protected model when training ends, or None: only where the
+            Trainer saves.
+    """
+
+    recipients: tuple[str, ...] = ()
+    destination: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.destination is None or "://" not in self.destination,
+            "protection.destination",
+            self.destination,
+            "this version writes to a folder; deliver the finished folder with your own tools",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatermarkConfig:
+    """Everything the callback needs. ``signature=None`` or ``triggers=None`` switches that channel off.
+
+    Args:
+        model_id: Name of the model, for example ``acme/triage``.
+        owner_key: Reference to the owner key: ``file:PATH`` or ``env:NAME``.
+        registry: Folder of the registry; it is made when missing.
+        iteration: Which training of this model, for example ``3``.
+
+    Raises:
+        ConfigError: A value out of range, of the wrong type, or a name that does not exist.
+    """
+
+    model_id: str
+    owner_key: str
+    registry: str
+    iteration: str = "1"
+    signature: SignatureConfig | None = field(default_factory=SignatureConfig)
+    triggers: TriggerConfig | None = field(default_factory=TriggerConfig)
+    protection: ProtectionConfig = field(default_factory=ProtectionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("model_id", "iteration"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARACTERS and value.isprintable(),
+                name,
+                value,
+                f"expected 1 to {MAX_NAME_CHARACTERS} printable characters",
+            )
+        _require(bool(self.registry), "registry", self.registry, "expected a folder")
+        if not self.owner_key.startswith(("file:", "env:")):
+            # Not repeated in the message: somebody may have put the key itself here.
+            raise ConfigError("owner_key: not a key reference", hint="write file:PATH or env:NAME, never the key itself")
+        _require(
+            self.signature is not None or self.triggers is not None,
+            "signature and triggers",
+            None,
+            "switch on at least one of the two",
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Return the config in a YAML file.
+
+        Raises:
+            NotFoundError: No such file.
+            ConfigError: Not YAML, or as for the class.
+        """
+        path = Path(path)
+        try:
+            text = path.read_bytes()[: MAX_CONFIG_BYTES + 1]
+        except OSError as error:
+            raise NotFoundError(f"config: cannot read {path}: {error.strerror}", hint="check the path") from None
+        try:
+            value = yaml.safe_load(text) if len(text) <= MAX_CONFIG_BYTES else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config: {path} is not YAML: {error}", hint="see configs/ for examples") from None
+        return cls.from_dict(value)
+
+    @classmethod
+    def from_dict(cls, value: object) -> Self:
+        """Return the config in a plain dictionary, nested as the classes are; errors as for the class."""
+        return _build(cls, value, "config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary that `from_dict` reads."""
+        return dataclasses.asdict(self)
+
+
+def _build(kind: type[C], value: object, where: str) -> C:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: got {type(value).__name__}, expected a mapping", hint="see configs/ for examples")
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(str(key) for key in value if key not in names)
+    if unknown:
+        raise ConfigError(f"{where}: unknown name {', '.join(unknown)}", hint=f"known: {', '.join(sorted(names))}")
+    hints = typing.get_type_hints(kind)
+    try:
+        return kind(**{key: _convert(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}".replace("__init__() ", ""), hint="see configs/ for examples") from None
+
+
+def _convert(kind: Any, value: object, where: str) -> object:
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None:
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, where)
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(str, item, where) for item in value)
+    if typing.get_origin(kind) is Literal:
+        return value
+    # bool is an int in Python, but never meant as one here.
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise ConfigError(f"{where}: got {type(value).__name__}, expected {getattr(kind, '__name__', kind)}", hint="see configs/ for examples")

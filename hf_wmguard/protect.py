@@ -1,0 +1,251 @@
+"""The first verb: commit to a watermark, and write a model as ciphertext with a signed manifest."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from hf_wmguard.atomic import write_atomic
+from hf_wmguard.canonical import canonical_time
+from hf_wmguard.config import SignatureConfig, WatermarkConfig
+from hf_wmguard.container.files import FileContext, FileRecord, ProtectedFile, write_protected
+from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
+from hf_wmguard.errors import FormatError, NonFiniteWeightError
+from hf_wmguard.evidence.manifest import (
+    RECIPIENTS_NAME,
+    STAGING_PREFIX,
+    FileEntry,
+    Manifest,
+    SignatureSummary,
+    TriggerSummary,
+    check_free_for,
+    digest_file,
+    write_manifest,
+)
+from hf_wmguard.evidence.registry import Entry, Registry, commitment_digest
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.suspects.reader import Encrypted, tile_reader
+from hf_wmguard.suspects.tensors import encode
+from hf_wmguard.watermark.carriers import Carrier, is_carrier, select_carriers
+from hf_wmguard.watermark.payload import MIN_CODE_BITS
+from hf_wmguard.watermark.record import SALT_BYTES, WatermarkRecord
+from hf_wmguard.watermark.signature import CarrierKey, Reading, read_signature
+
+State = Literal["pending", "ramping", "complete"]
+DEK_BYTES = 32
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_COVERED = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """A watermark record together with the registry entry that fixed it before training.
+
+    Args:
+        record: The private record.
+        entry: The entry; its hash and time go into every manifest.
+    """
+
+    record: WatermarkRecord
+    entry: Entry
+
+    @classmethod
+    def from_entry(cls, entry: Entry) -> Self:
+        """Return what a registry entry of kind ``commitment`` holds.
+
+        Raises:
+            FormatError: The entry is malformed, or its record is not the one it commits to.
+        """
+        record, digest = entry.body.get("record"), entry.body.get("commitment")
+        if not isinstance(record, dict) or commitment_digest(record) != digest:
+            raise FormatError(f"registry entry {entry.hash} does not hold the record it commits to")
+        return cls(record=WatermarkRecord.from_json(record), entry=entry)
+
+
+def choose_carriers(parameters: Mapping[str, nn.Parameter], config: SignatureConfig) -> tuple[Carrier, ...]:
+    """Return the carriers of a model.
+
+    Args:
+        parameters: The model's parameters by name; frozen ones carry nothing.
+        config: Budget and step.
+    Raises:
+        CapacityError: The model is too small for the payload at this budget.
+        NonFiniteWeightError: A weight is NaN or Inf, or a whole matrix is zero.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    rms: dict[str, float] = {}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and is_carrier(name, tuple(parameter.shape)):
+            value = float(torch.linalg.vector_norm(parameter.detach().float())) / parameter.numel() ** 0.5
+            if not 0 < value < float("inf"):
+                raise NonFiniteWeightError(
+                    f"{name}: root mean square is {value}", hint="the model is damaged or was never initialised"
+                )
+            shapes[name], rms[name] = (parameter.shape[0], parameter.shape[1]), value
+    return select_carriers(shapes, rms, budget=config.budget, step=config.step, min_projections=MIN_CODE_BITS)
+
+
+def new_salt() -> bytes:
+    """Return the salt of a new marking."""
+    return secrets.token_bytes(SALT_BYTES)
+
+
+def commit(record: WatermarkRecord, registry: Path, owner: OwnerKey) -> Committed:
+    """Sign and log what is about to be embedded, before it is: a claim without this is worth nothing.
+
+    Raises:
+        RegistryError, AuthenticationError, EnvironmentFault: As `Registry.append`.
+    """
+    private = record.to_json()
+    body = {
+        "model_id": record.model_id,
+        "iteration": record.iteration,
+        "commitment": commitment_digest(private),
+        "record": private,
+    }
+    return Committed(record=record, entry=Registry(registry, owner).append("commitment", body))
+
+
+class ProtectedWriter:
+    """Write one save of a model into a folder: ciphertext first, the signed envelope last.
+
+    Everything is staged in a hidden folder beside its final place and moved at the end, so that a save that fails
+    leaves the old one as it was. What is staged is ciphertext; plaintext is never written.
+
+    Raises:
+        OwnershipError: The folder holds a protected model of another owner or another name.
+        KeyFormatError, NotFoundError: A recipient cannot be read.
+    """
+
+    def __init__(self, folder: Path, *, config: WatermarkConfig, owner: OwnerKey) -> None:
+        check_free_for(folder, key_id=owner.key_id(), model_id=config.model_id)
+        self._folder = folder
+        self._config = config
+        self._owner = owner
+        self._recipients = [load_recipient(ref) for ref in config.protection.recipients]
+        self._dek = secrets.token_bytes(DEK_BYTES)
+        self.set_id = secrets.token_hex(16)
+        self._records: list[FileRecord] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        # What a killed save left behind is ciphertext without a manifest: of no use to anyone.
+        for stale in folder.glob(STAGING_PREFIX + "*"):
+            shutil.rmtree(stale)
+        self._staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def add(self, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Encrypt the tensors of one file.
+
+        Args:
+            tensors: By name, as they would go into a safetensors file.
+            path: Final path; its name says which shard of how many it is.
+            metadata: The safetensors metadata, encrypted too.
+        Raises:
+            NonFiniteWeightError: A floating-point tensor holds NaN or Inf; nothing has been replaced.
+            FormatError: The path lies in another folder.
+        """
+        if path.parent.resolve() != self._folder.resolve():
+            raise FormatError(f"{path} lies outside {self._folder}", hint="save into one folder at a time")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteWeightError(
+                    f"{name} holds NaN or Inf and is not saved",
+                    hint="training has diverged: resume from the last checkpoint with a lower learning rate",
+                )
+        self._records.append(
+            write_protected(
+                self._staging / path.name,
+                {name: encode(name, tensor) for name, tensor in tensors.items()},
+                dek=self._dek,
+                context=self._context(path.name),
+                metadata=metadata,
+            )
+        )
+
+    def read_back(self, keys: tuple[CarrierKey, ...]) -> Reading:
+        """Return what the signature says in the files as they were written, decrypted again."""
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(
+                    ProtectedFile(self._staging / record.name, dek=self._dek, context=self._context(record.name))
+                )
+                for record in self._records
+            ]
+            return read_signature(keys, tile_reader(Encrypted({name: file for file in files for name in file.names()})))
+
+    def finish(
+        self,
+        *,
+        state: State,
+        step: int | None = None,
+        committed: Committed | None = None,
+        signature: SignatureSummary | None = None,
+        triggers: TriggerSummary | None = None,
+        sealed_state: str | None = None,
+    ) -> Manifest:
+        """Move the staged files to their places, then write recipients, manifest and, last, the envelope."""
+        if not self._records:
+            raise FormatError("no weights were saved", hint="this model's save_pretrained writes no safetensors file")
+        for record in self._records:
+            (self._staging / record.name).replace(self._folder / record.name)
+        entries = [FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256) for record in self._records]
+        entries += [digest_file(self._folder / name) for name in _COVERED if (self._folder / name).is_file()]
+        recipients = [X25519Identity.from_owner(self._owner).recipient(), *self._recipients]
+        sealed = seal_recipients(self._dek, recipients, set_id=self.set_id, model_id=self._config.model_id)
+        write_atomic(self._folder / RECIPIENTS_NAME, sealed)
+        manifest = Manifest(
+            model_id=self._config.model_id,
+            iteration=self._config.iteration,
+            set_id=self.set_id,
+            created=canonical_time(),
+            step=step,
+            state=state,
+            files=tuple(sorted(entries, key=lambda entry: entry.name)),
+            dek_commitment=dek_commitment(self._dek, self.set_id),
+            commitment=committed.entry.hash if committed else None,
+            commitment_time=committed.entry.time if committed else None,
+            signature=signature,
+            triggers=triggers,
+            sealed_state=sealed_state,
+        )
+        write_manifest(self._folder, manifest, self._owner)
+        return manifest
+
+    def _context(self, name: str) -> FileContext:
+        shard = _SHARD.search(name)
+        index, total = (int(shard[1]), int(shard[2])) if shard else (1, 1)
+        return FileContext(
+            model_id=self._config.model_id, iteration=self._config.iteration, set_id=self.set_id, index=index, total=total
+        )
+
+    def __repr__(self) -> str:
+        return f"ProtectedWriter({str(self._folder)!r})"
+
+
+def registry_body(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Return what the registry notes about a finished save."""
+    return {
+        "model_id": manifest.model_id,
+        "iteration": manifest.iteration,
+        "commitment": manifest.commitment,
+        "set_id": manifest.set_id,
+        "step": manifest.step,
+        "folder": str(folder),
+        "files": {entry.name: entry.sha256 for entry in manifest.files},
+    }

@@ -1,0 +1,88 @@
+"""Open a protected folder: manifest, recipients, then every ciphertext file, each bound to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from hf_wmguard.container.files import FileContext, ProtectedFile
+from hf_wmguard.container.recipients import Identity, dek_commitment, open_recipients
+from hf_wmguard.errors import ManifestError, NotFoundError
+from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, Manifest, check_sizes, read_manifest
+
+MAX_RECIPIENTS_BYTES = 1 << 20
+WEIGHT_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFolder:
+    """A protected folder whose manifest, key and headers have been checked.
+
+    Args:
+        manifest: What was signed.
+        key_id: Who signed it.
+        files: The ciphertext files, ready to decrypt.
+    """
+
+    manifest: Manifest
+    key_id: str
+    files: tuple[ProtectedFile, ...]
+
+
+@contextmanager
+def open_folder(
+    path: Path, identities: tuple[Identity, ...], *, signer: ec.EllipticCurvePublicKey | None = None
+) -> Iterator[OpenFolder]:
+    """Open a protected folder.
+
+    Args:
+        path: The folder.
+        identities: Tried in order.
+        signer: The public key that must have signed the manifest; without it the manifest speaks for itself only.
+    Raises:
+        NotFoundError: The manifest, the envelope or the recipients are missing.
+        ManifestError: The manifest does not match its signature, its key or its files.
+        AuthenticationError: No identity opens it, or ciphertext was changed.
+    """
+    manifest, key_id = read_manifest(path, signer=signer)
+    check_sizes(path, manifest)
+    dek = open_dek(path, manifest, identities)
+    names = weight_names(manifest)
+    with ExitStack() as stack:
+        files = tuple(
+            stack.enter_context(ProtectedFile(path / name, dek=dek, context=file_context(manifest, index, len(names))))
+            for index, name in enumerate(names, start=1)
+        )
+        yield OpenFolder(manifest=manifest, key_id=key_id, files=files)
+
+
+def open_dek(path: Path, manifest: Manifest, identities: tuple[Identity, ...]) -> bytes:
+    """Return the data encryption key of a protected folder; errors as `open_folder`."""
+    try:
+        with (path / RECIPIENTS_NAME).open("rb") as file:
+            data = file.read(MAX_RECIPIENTS_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} lacks {RECIPIENTS_NAME}", hint="fetch the whole protected folder") from None
+    dek = open_recipients(data, identities, set_id=manifest.set_id, model_id=manifest.model_id)
+    # The commitment in the signed manifest ties this key to this save: an old folder's recipients cannot be slipped in.
+    if dek_commitment(dek, manifest.set_id) != manifest.dek_commitment:
+        raise ManifestError(
+            f"{path}: {RECIPIENTS_NAME} holds the key of another save", hint="restore the file that belongs to this manifest"
+        )
+    return dek
+
+
+def weight_names(manifest: Manifest) -> list[str]:
+    """Return the ciphertext files of a manifest in the order of their shards."""
+    return sorted(entry.name for entry in manifest.files if entry.name.endswith(WEIGHT_SUFFIX))
+
+
+def file_context(manifest: Manifest, index: int, total: int) -> FileContext:
+    """Return what the file number ``index`` of ``total`` must be bound to."""
+    return FileContext(
+        model_id=manifest.model_id, iteration=manifest.iteration, set_id=manifest.set_id, index=index, total=total
+    )

@@ -1,0 +1,179 @@
+"""The one line that a Trainer script gets: ``protect_trainer(trainer, config)``."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_wmguard.config import WatermarkConfig
+from hf_wmguard.container.recipients import X25519Identity, load_recipient
+from hf_wmguard.errors import UnsavedRunError
+from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.loading import read_state_dict
+from hf_wmguard.training.mark import Mark
+from hf_wmguard.training.saving import guard_saves
+from hf_wmguard.training.support import check_arguments, check_model
+
+_logger = logging.getLogger(__name__)
+
+
+class WatermarkCallback(TrainerCallback):
+    """Marks the model in its last epochs and turns every save into ciphertext with a signed manifest.
+
+    Added with `protect_trainer`, it also guards saves before training, reads its own checkpoints back (resuming,
+    ``load_best_model_at_end``) and sends its metrics through the Trainer's reporters. Added bare, with
+    ``trainer.add_callback(WatermarkCallback(config))``, it guards from the start of training on and writes its
+    metrics to ``state.log_history`` only, because a callback has no way to reach its Trainer.
+
+    Args:
+        config: What to embed and how to protect it. The key and the recipients are read at once, so that a
+            missing key stops the script before training rather than after it.
+    Raises:
+        KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
+    """
+
+    def __init__(self, config: WatermarkConfig) -> None:
+        self.config = config
+        self.mark = Mark(config, OwnerKey.load(config.owner_key))
+        for reference in config.protection.recipients:
+            load_recipient(reference)
+        self._trainer: Trainer | None = None
+        self._logging = False
+
+    def attach(self, trainer: Trainer) -> None:
+        """Guard a Trainer's model from now on, and let the Trainer read encrypted checkpoints."""
+        self._trainer = trainer
+        self._guard(trainer.model)
+        load_checkpoint, load_best = trainer._load_from_checkpoint, trainer._load_best_model
+
+        def load_from_checkpoint(folder: str, model: Any = None) -> None:
+            if not self._load(Path(folder), trainer.model if model is None else model):
+                load_checkpoint(folder, model)
+
+        def load_best_model() -> None:
+            best = trainer.state.best_model_checkpoint
+            if best is None or not self._load(Path(best), trainer.model):
+                load_best()
+
+        # On the instance: the class, and any other Trainer in the process, stay as they are.
+        trainer._load_from_checkpoint = load_from_checkpoint
+        trainer._load_best_model = load_best_model
+
+    def _guard(self, model: Any) -> PreTrainedModel:
+        checked = check_model(model)
+        guard_saves(checked, self.mark.save)
+        return checked
+
+    def _load(self, folder: Path, model: Any) -> bool:
+        """Load a protected checkpoint into the model; return False where the folder is not protected."""
+        if not (folder / MANIFEST_NAME).is_file():
+            return False
+        owner = self.mark.owner
+        tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())
+        result = model.load_state_dict(tensors, strict=False)
+        if self._trainer is not None:
+            self._trainer._issue_warnings_after_load(result)
+        self.mark.resumed_from(folder)
+        return True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the promises can be kept, then commit, before the first step."""
+        check_arguments(args, attached=self._trainer is not None)
+        model = self._guard(kwargs["model"])
+        for folder in (args.output_dir, self.config.protection.destination):
+            if folder is not None:
+                check_free_for(Path(folder), key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
+        self.mark.begin(
+            model,
+            kwargs.get("processing_class"),
+            max_steps=state.max_steps,
+            steps_per_epoch=_steps_per_epoch(kwargs.get("train_dataloader"), args),
+            step=state.global_step,
+        )
+        atexit.register(self._report_unsaved)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mix triggers in, before the ordinary forward and backward."""
+        self.mark.before_step(kwargs["model"])
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the decoupled signature step."""
+        self.mark.after_step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Log the watermark's metrics wherever the loss is logged."""
+        if self._logging or "loss" not in (logs or {}):
+            return
+        metrics = self.mark.metrics()
+        if not metrics:
+            return
+        if self._trainer is None:
+            state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
+            return
+        self._logging = True
+        try:
+            # Reporters have run already by the time a callback sees on_log: what it adds to logs never reaches them.
+            self._trainer.log(metrics)
+        finally:
+            self._logging = False
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Bring the mark to its end, and write the finished model where the config says."""
+        self.mark.finish()
+        destination = self.config.protection.destination
+        if destination is not None:
+            kwargs["model"].save_pretrained(destination)
+            if kwargs.get("processing_class") is not None:
+                kwargs["processing_class"].save_pretrained(destination)
+        if not self.mark.saved:
+            _logger.warning("%s", self._unsaved().message)
+
+    def _unsaved(self) -> UnsavedRunError:
+        return UnsavedRunError(
+            f"the marked model of {self.config.model_id} is in memory only: this run has not saved it yet",
+            hint="call trainer.save_model() after trainer.train(), or set protection.destination",
+        )
+
+    def _report_unsaved(self) -> None:
+        if not self.mark.saved:
+            error = self._unsaved()
+            print(f"error: {type(error).__name__}: {error.message}\nhint: {error.hint}", file=sys.stderr)
+
+
+def _steps_per_epoch(dataloader: Any, args: TrainingArguments) -> int | None:
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return None
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallback:
+    """Guard a Trainer: the one line to add, after the Trainer is made and before it is used.
+
+    Args:
+        trainer: Any `transformers.Trainer`.
+        config: What to embed and how to protect it.
+    Returns:
+        The callback that was added.
+    Raises:
+        KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
+        UnsupportedError: A model or mode in which the promises cannot be kept; nothing has been changed.
+    """
+    callback = WatermarkCallback(config)
+    check_model(trainer.model)
+    check_arguments(trainer.args, attached=True)
+    callback.attach(trainer)
+    trainer.add_callback(callback)
+    return callback

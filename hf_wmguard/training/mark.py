@@ -1,0 +1,234 @@
+"""One marking of one model, from the commitment to the last save. Knows steps and folders, nothing of the Trainer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_wmguard.canonical import decode_base64, encode_base64
+from hf_wmguard.config import WatermarkConfig
+from hf_wmguard.errors import ConfigError, RegistryError
+from hf_wmguard.evidence.manifest import Manifest, SignatureSummary, TriggerSummary, read_manifest
+from hf_wmguard.evidence.registry import Registry
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.probing.local import answers
+from hf_wmguard.protect import Committed, ProtectedWriter, State, choose_carriers, commit, new_salt, registry_body
+from hf_wmguard.training.saving import Save, weights_go_to
+from hf_wmguard.training.schedule import Phase, Ramp
+from hf_wmguard.training.signature_step import SignatureStep
+from hf_wmguard.training.support import check_carriers
+from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
+from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
+from hf_wmguard.watermark.triggers import count_matches
+
+_logger = logging.getLogger(__name__)
+_STATE_LABEL = "training-state"
+
+
+class SignatureLostWarning(UserWarning):
+    """A save of a marked model from which the signature does not read back."""
+
+
+class Mark:
+    """The watermark of one training run.
+
+    Args:
+        config: What to embed.
+        owner: The owner's key.
+    """
+
+    def __init__(self, config: WatermarkConfig, owner: OwnerKey) -> None:
+        self.config = config
+        self.owner = owner
+        self.committed: Committed | None = None
+        self.saved = False
+        self._signature: SignatureStep | None = None
+        self._triggers: TriggerStep | None = None
+        self._tokenizer: Any = None
+        self._step = 0
+        self._resumed_from: Manifest | None = None
+
+    def begin(
+        self, model: PreTrainedModel, tokenizer: Any, *, max_steps: int, steps_per_epoch: int | None, step: int
+    ) -> None:
+        """Commit to the watermark, or, when resuming, go on with the one committed to before.
+
+        Args:
+            model: The model about to be trained.
+            tokenizer: Its tokenizer; needed for triggers.
+            max_steps: Optimizer steps of the whole run.
+            steps_per_epoch: Optimizer steps of an epoch, None for data without a length.
+            step: Steps already done.
+        Raises:
+            CapacityError, NonFiniteWeightError, UnsupportedError: The model cannot carry this watermark.
+            RegistryError: Resuming a run that this registry has no commitment of.
+            ConfigError: Resuming with another config than the one committed to.
+        """
+        self._tokenizer, self._step = tokenizer, step
+        parameters = dict(model.named_parameters())
+        if self.committed is None:
+            planned = self._plan(model, parameters)
+            self.committed = self._find(planned) if step else self._commit(planned)
+        record = self.committed.record
+        device = next(model.parameters()).device
+        if self.config.signature is not None:
+            phase = Phase.last(self.config.signature.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+            keys = tuple(key.to(device) for key in record.carrier_keys(self.owner))
+            self._signature = SignatureStep(keys, parameters, Ramp(phase=phase, share=self.config.signature.ramp))
+            self._restore_state(self._signature)
+        if self.config.triggers is not None and record.triggers is not None:
+            phase = Phase.last(self.config.triggers.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+            self._triggers = TriggerStep(record.triggers, self.config.triggers, phase, tokenizer)
+
+    def _plan(self, model: PreTrainedModel, parameters: dict[str, Any]) -> WatermarkRecord:
+        carriers = ()
+        if self.config.signature is not None:
+            carriers = choose_carriers(parameters, self.config.signature)
+            check_carriers(parameters, [carrier.name for carrier in carriers])
+        salt = new_salt()
+        names = {"model_id": self.config.model_id, "iteration": self.config.iteration}
+        triggers = None
+        if self.config.triggers is not None:
+            key = trigger_key(self.owner, **names, salt=salt)
+            triggers = make_triggers(key, self.config.triggers, model, self._tokenizer)
+        return WatermarkRecord.create(self.owner, **names, salt=salt, carriers=carriers, triggers=triggers)
+
+    def _commit(self, planned: WatermarkRecord) -> Committed:
+        committed = commit(planned, Path(self.config.registry), self.owner)
+        _logger.info("committed to the watermark of %s: %s", self.config.model_id, committed.entry.hash)
+        return committed
+
+    def _find(self, planned: WatermarkRecord) -> Committed:
+        registry = Registry(Path(self.config.registry), self.owner)
+        if self._resumed_from is not None and self._resumed_from.commitment is not None:
+            entry = registry.find(self._resumed_from.commitment)
+        else:
+            entries = [e for e in registry.commitments(self.config.model_id) if e.body.get("iteration") == self.config.iteration]
+            if not entries:
+                raise RegistryError(
+                    f"resuming at step {self._step}, but {self.config.registry} has no commitment of "
+                    f"{self.config.model_id} {self.config.iteration}",
+                    hint="use the registry of the first run; a run that began without hf-wmguard cannot be marked halfway: "
+                    "start a new run from its weights",
+                )
+            entry = entries[-1]
+        committed = Committed.from_entry(entry)
+        if not committed.record.same_scheme(planned):
+            raise ConfigError(
+                f"resuming with another model, signature or trigger setting than committed to in {entry.hash}",
+                hint="restore the first run's config, or start a new run with another iteration",
+            )
+        return committed
+
+    def resumed_from(self, folder: Path) -> None:
+        """Note the protected checkpoint that the model's weights were just read from."""
+        self._resumed_from, _ = read_manifest(folder, signer=self.owner.signing_key().public_key())
+
+    def _restore_state(self, signature: SignatureStep) -> None:
+        manifest = self._resumed_from
+        if manifest is not None and manifest.sealed_state is not None:
+            sealed = decode_base64(manifest.sealed_state, "sealed state")
+            signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
+
+    def before_step(self, model: PreTrainedModel) -> None:
+        """Add the trigger gradients that belong to the coming optimizer step."""
+        if self._triggers is not None and self._triggers.due(self._step + 1):
+            self._triggers.run(model, self._step + 1)
+
+    def after_step(self) -> None:
+        """Take the signature step that follows an optimizer step."""
+        self._step += 1
+        if self._signature is not None:
+            strength = self._signature.ramp.strength(self._step)
+            if strength > 0:
+                self._signature.run(strength)
+
+    def finish(self) -> None:
+        """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""
+        if self._signature is None:
+            return
+        moved = self._signature.run(1.0)
+        if self.state != "complete":
+            _logger.warning("training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)", moved)
+        self._step = max(self._step, self._signature.ramp.full)
+
+    @property
+    def state(self) -> State:
+        """What a save now would hold: ``pending``, ``ramping`` or ``complete``."""
+        if self.committed is None:
+            return "pending"
+        if self._signature is not None:
+            return self._signature.ramp.state(self._step)
+        return "complete" if self._triggers is not None and self._step >= self._triggers.phase.end else "pending"
+
+    def metrics(self) -> dict[str, float]:
+        """Return the watermark's metrics, named ``wmguard/...``; empty before the marked phase."""
+        values: dict[str, float] = {}
+        if self._signature is not None:
+            values |= self._signature.metrics()
+        if self._triggers is not None:
+            values |= self._triggers.metrics
+        return values
+
+    def save(self, model: PreTrainedModel, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
+        """Write one save of the model as ciphertext, judge it by what was written, and sign the verdict.
+
+        Args:
+            model: The model.
+            plain_save: Its own ``save_pretrained``.
+            folder: Where to.
+            kwargs: The other arguments of ``save_pretrained``.
+        """
+        signature, sealed = None, None
+        with ProtectedWriter(folder, config=self.config, owner=self.owner) as writer:
+            with weights_go_to(writer.add):
+                plain_save(folder, **kwargs)
+            if self._signature is not None and self.committed is not None:
+                reading = writer.read_back(self._signature.keys)
+                decoded = self.committed.record.decode_payload(self.owner, reading.soft) == self.committed.record.payload
+                signature = SignatureSummary(
+                    bit_error_rate=reading.bit_error_rate,
+                    log10_p=reading.log10_p,
+                    projections=max(1, reading.projections),
+                    payload_decoded=decoded,
+                    weight_change=self._signature.weight_change,
+                )
+                state = self.owner.seal(_STATE_LABEL, self._signature.state(), aad=writer.set_id.encode())
+                sealed = encode_base64(state)
+            manifest = writer.finish(
+                state=self.state,
+                step=self._step,
+                committed=self.committed,
+                signature=signature,
+                triggers=self._trigger_summary(model),
+                sealed_state=sealed,
+            )
+        if manifest.state == "complete":
+            Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
+            self.saved = True
+        self._report(manifest, folder)
+
+    def _trigger_summary(self, model: PreTrainedModel) -> TriggerSummary | None:
+        triggers = self.committed.record.triggers if self.committed else None
+        if triggers is None:
+            return None
+        rate = None
+        if self.state == "complete":
+            rate = count_matches(answers(model, self._tokenizer, triggers), triggers) / triggers.count
+        return TriggerSummary(count=triggers.count, candidates=len(triggers.candidates[0]), match_rate=rate)
+
+    def _report(self, manifest: Manifest, folder: Path) -> None:
+        read = manifest.signature
+        if read is None:
+            _logger.info("%s: encrypted; mark %s", folder, manifest.state)
+            return
+        line = f"{folder}: encrypted; mark {manifest.state}, bit error rate {read.bit_error_rate:.4f}, log10 p {read.log10_p:.1f}"
+        if manifest.state == "complete" and (not read.payload_decoded or read.bit_error_rate > 0):
+            warnings.warn(f"{line}: the signature does not read back exactly from the saved files", SignatureLostWarning, stacklevel=2)
+        _logger.info("%s", line)
+
+

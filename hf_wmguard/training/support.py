@@ -1,0 +1,75 @@
+"""Refuse, before the first step, what this version cannot protect. Failing here is cheap; failing at the save is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_wmguard.errors import UnsupportedError
+
+
+def check_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model if its saves can be intercepted.
+
+    Raises:
+        UnsupportedError: Not a `PreTrainedModel`, an adapter, quantized, or partly on disk.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"model is {type(model).__name__}, expected a transformers PreTrainedModel: "
+            "the Trainer saves anything else in plaintext",
+            hint="wrap the network in a PreTrainedModel; PEFT adapters are not supported by this version",
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedError("model has PEFT adapters", hint="merge them first, or train without hf-wmguard")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedError("model is quantized", hint="load it without quantization_config, in float32")
+    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        raise UnsupportedError("model is offloaded to disk, where its weights lie in plaintext", hint="load it without offload_folder")
+    return model
+
+
+def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
+    """Refuse the training modes in which this version cannot keep its promises.
+
+    Args:
+        args: The Trainer's arguments.
+        attached: Whether `protect_trainer` was used, so that encrypted checkpoints can be read back.
+    Raises:
+        UnsupportedError: Such a mode is on.
+    """
+    refused: list[tuple[Any, str, str]] = [
+        (args.world_size > 1, "more than one process", "start one process"),
+        (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
+        (args.deepspeed, "DeepSpeed, which writes plaintext partitions", "train without --deepspeed"),
+        (args.fsdp, "FSDP, which writes plaintext shards", "train without --fsdp"),
+        (args.fp16, "fp16 loss scaling", "use bf16=True or full precision"),
+        (args.push_to_hub, "push_to_hub", "save to a folder and push the finished folder"),
+    ]
+    for on, what, instead in refused:
+        if on:
+            raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
+    if args.load_best_model_at_end and not attached:
+        raise UnsupportedError(
+            "load_best_model_at_end has to read encrypted checkpoints back, which a bare callback cannot do",
+            hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+        )
+
+
+def check_carriers(parameters: dict[str, nn.Parameter], names: list[str]) -> None:
+    """Refuse carriers that the plain form of the signature cannot move.
+
+    Raises:
+        UnsupportedError: A carrier that is frozen or not float32.
+    """
+    for name in names:
+        parameter = parameters[name]
+        if parameter.dtype != torch.float32:
+            # A shift of 1e-6 vanishes when it is rounded to bf16 or fp16: the mark would silently not be there.
+            raise UnsupportedError(
+                f"{name} is {parameter.dtype}, expected float32",
+                hint="load the model with dtype=torch.float32; bf16=True in TrainingArguments keeps float32 weights",
+            )

@@ -1,0 +1,166 @@
+"""The private record of one marking: all that the owner, with the owner key, needs to judge a suspect later.
+
+It is made before the first step, hashed into the commitment, and kept encrypted in the registry. It holds no key:
+carriers and triggers are derived from the owner key and the record's salt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from hf_wmguard.errors import AuthenticationError, FormatError
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.watermark import payload as code
+from hf_wmguard.watermark.carriers import Carrier
+from hf_wmguard.watermark.prf import Stream
+from hf_wmguard.watermark.signature import CarrierKey
+from hf_wmguard.watermark.triggers import TriggerSet
+
+SCHEME = "stdm-rank1/1"
+SALT_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatermarkRecord:
+    """What was committed to before training.
+
+    Args:
+        model_id: Name of the model.
+        iteration: Which training of it.
+        salt: Hex of 32 random bytes: two markings of one model share no direction and no dither.
+        key_commitment: Hex digest that ties the record to one owner key without showing it.
+        payload: Hex of the 32 bytes that the carriers spell; empty without a signature.
+        carriers: The carriers, in the order of the code bits.
+        triggers: The trigger set, or None.
+        slot: Which independent sub-mark.
+        scheme: Name and version of the scheme.
+    """
+
+    model_id: str
+    iteration: str
+    salt: str
+    key_commitment: str
+    payload: str = ""
+    carriers: tuple[Carrier, ...] = ()
+    triggers: TriggerSet | None = None
+    slot: int = 0
+    scheme: str = SCHEME
+
+    def __post_init__(self) -> None:
+        if self.scheme != SCHEME:
+            raise FormatError(
+                f"record has scheme {self.scheme!r}, expected {SCHEME!r}", hint="read it with the version of hf-wmguard that wrote it"
+            )
+        if len(self.salt) != 2 * SALT_BYTES or bool(self.carriers) != bool(self.payload):
+            raise FormatError("record is incomplete: salt, payload and carriers do not fit together")
+
+    @classmethod
+    def create(
+        cls,
+        owner: OwnerKey,
+        *,
+        model_id: str,
+        iteration: str,
+        salt: bytes,
+        carriers: tuple[Carrier, ...],
+        triggers: TriggerSet | None,
+    ) -> Self:
+        """Return the record of a new marking; the payload is derived, so that it too cannot be chosen afterwards."""
+        subkey = _Subkeys(owner, model_id, iteration, 0, salt)
+        return cls(
+            model_id=model_id,
+            iteration=iteration,
+            salt=salt.hex(),
+            key_commitment=subkey("key-commitment").hex(),
+            payload=subkey("payload").hex() if carriers else "",
+            carriers=carriers,
+            triggers=triggers,
+        )
+
+    def carrier_keys(self, owner: OwnerKey) -> tuple[CarrierKey, ...]:
+        """Return the secret half of every carrier.
+
+        Raises:
+            AuthenticationError: The record was made with another owner key.
+        """
+        subkey = self._subkeys(owner)
+        if not self.carriers:
+            return ()
+        total = sum(carrier.projections for carrier in self.carriers)
+        bits = code.encode(bytes.fromhex(self.payload), total, Stream(subkey("code"), "code"))
+        key, position, keys = subkey("carriers"), 0, []
+        for carrier in self.carriers:
+            keys.append(CarrierKey.derive(key, carrier, bits[position : position + carrier.projections]))
+            position += carrier.projections
+        return tuple(keys)
+
+    def decode_payload(self, owner: OwnerKey, soft: Any) -> str:
+        """Return the hex of the payload that soft bits (float [n], 0 where erased) decode to."""
+        return code.decode(soft, Stream(self._subkeys(owner)("code"), "code")).hex()
+
+    def same_scheme(self, other: WatermarkRecord) -> bool:
+        """Return whether two records mark the same model in the same way; salts and measured norms may differ."""
+        return self._outline() == other._outline()
+
+    def _outline(self) -> list[Any]:
+        # The ratio of step to rms is the config's; the rms itself changes while the model trains.
+        carriers = [(c.name, c.shape, c.row_start, c.rows, c.side, round(c.step / c.rms, 6)) for c in self.carriers]
+        triggers = self.triggers and (self.triggers.task, self.triggers.style, [len(c) for c in self.triggers.candidates])
+        return [self.model_id, self.iteration, self.slot, carriers, triggers]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dictionary that `from_json` reads."""
+        value = {field.name: getattr(self, field.name) for field in fields(self)}
+        return value | {
+            "carriers": [carrier.to_json() for carrier in self.carriers],
+            "triggers": self.triggers.to_json() if self.triggers else None,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the record in a plain dictionary.
+
+        Raises:
+            FormatError: A field is missing, unknown or impossible.
+        """
+        try:
+            triggers = value["triggers"]
+            return cls(
+                **{
+                    **value,
+                    "carriers": tuple(Carrier.from_json(item) for item in value["carriers"]),
+                    "triggers": TriggerSet.from_json(triggers) if triggers is not None else None,
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"watermark record is malformed: {error}") from None
+
+    def _subkeys(self, owner: OwnerKey) -> _Subkeys:
+        subkeys = _Subkeys(owner, self.model_id, self.iteration, self.slot, bytes.fromhex(self.salt))
+        if subkeys("key-commitment").hex() != self.key_commitment:
+            raise AuthenticationError(
+                f"the record of {self.model_id} {self.iteration} was made with another owner key", hint="check --owner-key"
+            )
+        return subkeys
+
+
+@dataclass(frozen=True, slots=True)
+class _Subkeys:
+    owner: OwnerKey
+    model_id: str
+    iteration: str
+    slot: int
+    salt: bytes
+
+    def __call__(self, label: str) -> bytes:
+        return self.owner.derive(
+            label, model_id=self.model_id, iteration=self.iteration, slot=self.slot, salt=self.salt, length_bytes=32
+        )
+
+
+def trigger_key(owner: OwnerKey, model_id: str, iteration: str, salt: bytes) -> bytes:
+    """Return the subkey that trigger texts and responses are derived from."""
+    return _Subkeys(owner, model_id, iteration, 0, salt)("triggers")
+

@@ -1,0 +1,208 @@
+"""p-values: against exact arithmetic, closed forms and simulation, and out to 1e-100000."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from hf_wmguard.watermark.pvalues import (
+    log10_binomial_tail,
+    log10_bonferroni,
+    log10_fuse,
+    log10_p_correlation,
+    log10_poisson_binomial_tail,
+)
+
+LN10 = math.log(10.0)
+
+
+def log10_fraction(value: Fraction) -> float:
+    """Return log10 of an exact positive fraction, accurate also close to 1 and far below float64's range."""
+    if value > Fraction(9, 10):
+        return math.log1p(-float(1 - value)) / LN10
+    return (math.log(value.numerator) - math.log(value.denominator)) / LN10
+
+
+def exact_tail(matches: int, asked: int, rate: float) -> float:
+    p = Fraction(rate)
+    hit, total = p.numerator, p.denominator
+    terms = (math.comb(asked, k) * hit**k * (total - hit) ** (asked - k) for k in range(matches, asked + 1))
+    return log10_fraction(Fraction(sum(terms), total**asked))
+
+
+def test_one_term_is_bounded_by_the_arc_cosine() -> None:
+    for level in torch.linspace(0.001, 1.0, 500, dtype=torch.float64).tolist():
+        exact = math.acos(level) / math.pi
+        assert exact <= 10 ** log10_p_correlation(level, 1)
+
+
+def test_two_terms_are_bounded() -> None:
+    grid = torch.linspace(0, math.pi, 20_001, dtype=torch.float64).cos()
+    for level in torch.linspace(0.01, 1.999, 200, dtype=torch.float64).tolist():
+        exact = ((level - grid).clamp(-1, 1).acos() / math.pi).mean().item()
+        assert exact <= 10 ** log10_p_correlation(level, 2) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("n", [5, 50, 400])
+def test_simulated_tail_stays_below_the_bound_and_not_far(n: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    trials = 200_000
+    sums = torch.zeros(trials)
+    for _ in range(n):
+        sums += torch.rand(trials, generator=draw).mul_(2 * math.pi).cos_()
+    for deviations in (1.0, 2.0, 3.0, 3.1):
+        level = deviations * math.sqrt(n / 2)
+        hits = int((sums >= level).sum())
+        log10_p = log10_p_correlation(level, n)
+        assert log10_binomial_tail(hits, trials, 10**log10_p) > -6
+        # Chernoff gives away about sqrt(2 pi) times the deviations; 12 leaves room for sampling noise.
+        assert hits < 20 or 10**log10_p < 12 * hits / trials
+
+
+def test_large_n_approaches_the_normal_tail() -> None:
+    n = 100_000
+    for deviations in (6.0, 12.0, 20.0):
+        level = deviations * math.sqrt(n / 2)
+        normal = math.log10(math.erfc(deviations / math.sqrt(2)) / 2)
+        loss = log10_p_correlation(level, n) - normal
+        assert 0.0 < loss < math.log10(math.sqrt(2 * math.pi) * deviations) + 0.1
+
+
+def test_bound_is_the_minimum_over_a_fine_grid_of_tilts() -> None:
+    tilts = torch.logspace(-4, 5, 200_001, dtype=torch.float64)
+    log_i0e = torch.special.i0e(tilts).log()
+    for mean in (1e-3, 0.03, 0.3, 0.7, 0.98, 0.999, 0.9999):
+        n = 2304
+        best = n * (log_i0e + tilts * (1 - mean)).min().item() / LN10
+        assert log10_p_correlation(mean * n, n) == pytest.approx(best, rel=1e-6)
+        assert log10_p_correlation(mean * n, n) <= best * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 64, 2304, 100_000])
+def test_falls_with_the_statistic_and_stays_finite(n: int) -> None:
+    means = [0.0, 1e-12, 1e-6, *(k / 200 for k in range(1, 200)), *(1 - 10.0**-k for k in range(3, 12)), 1.0]
+    values = [log10_p_correlation(mean * n, n) for mean in means]
+    assert all(math.isfinite(value) and value <= 0.0 for value in values)
+    assert all(low >= high for low, high in itertools.pairwise(values))
+
+
+def test_extremes() -> None:
+    assert -4e5 < log10_p_correlation(100_000.0, 100_000) < -1e5
+    assert log10_p_correlation(100_000.0 * (1 + 1e-6), 100_000) == log10_p_correlation(100_000.0, 100_000)
+    assert log10_p_correlation(0.98 * 2304, 2304) < -1500
+    assert log10_p_correlation(0.0, 0) == 0.0
+    assert log10_p_correlation(0.0, 500) == 0.0
+    assert log10_p_correlation(-500.0, 500) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("statistic", "n"), [(math.nan, 10), (math.inf, 10), (10.1, 10), (-10.1, 10), (0.1, 0), (0.0, -1)]
+)
+def test_impossible_correlations(statistic: float, n: int) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        log10_p_correlation(statistic, n)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.022, 0.25, 0.5, 0.9, 1 - 1e-9])
+@pytest.mark.parametrize("asked", [1, 2, 7, 64, 300])
+def test_binomial_tail_is_exact(asked: int, rate: float) -> None:
+    for matches in sorted({0, 1, asked // 4, asked // 2, int(rate * asked), asked - 1, asked}):
+        assert log10_binomial_tail(matches, asked, rate) == pytest.approx(
+            exact_tail(matches, asked, rate), rel=1e-9, abs=0
+        )
+
+
+@pytest.mark.parametrize("matches", [49_000, 49_900, 50_000, 50_001, 50_500, 60_000, 100_000])
+def test_binomial_tail_of_100000(matches: int) -> None:
+    """With rate 1/2 the tail is a plain integer over 2^100000."""
+    asked = 100_000
+    short = min(matches - 1, asked - matches)
+    term = total = 1
+    for k in range(short):
+        term = term * (asked - k) // (k + 1)
+        total += term
+    tail = Fraction(total, 1 << asked)
+    expected = log10_fraction(tail if short == asked - matches else 1 - tail)
+    assert log10_binomial_tail(matches, asked, 0.5) == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_binomial_extremes() -> None:
+    assert log10_binomial_tail(0, 0, 0.5) == 0.0
+    assert log10_binomial_tail(0, 10, 0.5) == 0.0
+    assert log10_binomial_tail(10, 10, 1.0) == 0.0
+    assert log10_binomial_tail(100_000, 100_000, 0.1) == pytest.approx(-100_000, rel=1e-12)
+    assert log10_binomial_tail(100, 100, 1e-300) == pytest.approx(-30_000, rel=1e-12)
+    assert math.copysign(1.0, log10_binomial_tail(1, 100_000, 0.5)) == 1.0  # 0.0 in JSON, never -0.0
+
+
+@pytest.mark.parametrize(
+    ("matches", "asked", "rate"),
+    [(-1, 10, 0.5), (11, 10, 0.5), (1, 10, 0.0), (1, 10, -0.1), (1, 10, 1.1), (1, 10, math.nan)],
+)
+def test_impossible_binomials(matches: int, asked: int, rate: float) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        log10_binomial_tail(matches, asked, rate)
+    with pytest.raises(ValueError, match="expected"):
+        log10_poisson_binomial_tail(matches, [rate] * asked)
+
+
+def test_poisson_binomial_is_exact() -> None:
+    rates = [0.5, 1 / 3, 0.022, 0.9, 1.0, 1e-6, 0.25, 0.7, 1 / 50_000, 0.5]
+    for matches in range(len(rates) + 1):
+        exact = Fraction(0)
+        for outcome in itertools.product((True, False), repeat=len(rates)):
+            if sum(outcome) >= matches:
+                exact += math.prod(
+                    Fraction(rate) if hit else 1 - Fraction(rate)
+                    for rate, hit in zip(rates, outcome, strict=True)
+                )
+        expected = log10_fraction(exact)
+        assert log10_poisson_binomial_tail(matches, rates) == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("matches", [1, 30, 44, 45, 60, 500, 2000])
+def test_poisson_binomial_of_equal_rates_is_binomial(matches: int) -> None:
+    assert log10_poisson_binomial_tail(matches, [0.022] * 2000) == pytest.approx(
+        log10_binomial_tail(matches, 2000, 0.022), rel=1e-9, abs=0
+    )
+
+
+def test_poisson_binomial_extremes() -> None:
+    assert log10_poisson_binomial_tail(0, []) == 0.0
+    assert log10_poisson_binomial_tail(3, [1.0] * 3) == 0.0
+    assert log10_poisson_binomial_tail(400, [1e-250] * 400) == pytest.approx(-100_000, rel=1e-12)
+
+
+def test_bonferroni() -> None:
+    assert log10_bonferroni(-12.0, 1) == -12.0
+    assert log10_bonferroni(-12.0, 1000) == pytest.approx(-9.0)
+    assert log10_bonferroni(-2.0, 1000) == 0.0
+
+
+def test_fuse() -> None:
+    assert log10_fuse(-241.9, -77.1) == pytest.approx(-241.9 + math.log10(2))
+    assert log10_fuse(-77.1, -241.9) == log10_fuse(-241.9, -77.1)
+    assert log10_fuse(-241.9, None) == log10_fuse(None, -241.9) == -241.9
+    assert log10_fuse(-0.1, 0.0) == 0.0
+    assert log10_fuse(None, None) == 0.0
+    # A channel that was asked and gave nothing costs its correction.
+    assert log10_fuse(-9.0, 0.0) > -9.0
+
+
+@pytest.mark.parametrize("p", [0.1, math.nan, math.inf, -math.inf])
+def test_impossible_p_values(p: float) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        log10_bonferroni(p, 1)
+    for pair in ((p, None), (None, p), (p, -300.0), (-300.0, p)):
+        with pytest.raises(ValueError, match="expected"):
+            log10_fuse(*pair)
+
+
+@pytest.mark.parametrize("tests", [0, -1])
+def test_no_test_at_all(tests: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        log10_bonferroni(-3.0, tests)
