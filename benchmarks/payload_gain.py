@@ -50,9 +50,7 @@ def crossing(rates: Tensor) -> float:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=400, help="payloads for each cell of a table")
     trials = parser.parse_args().trials
     for n in PROJECTIONS:

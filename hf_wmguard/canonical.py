@@ -53,9 +53,7 @@ def _require_string_keys(value: object) -> None:
             _require_string_keys(member)
 
 
-def parse_canonical(
-    data: bytes, what: str, limit_bytes: int, *, error: type[IntegrityError] = FormatError
-) -> Any:
+def parse_canonical(data: bytes, what: str, limit_bytes: int, *, error: type[IntegrityError] = FormatError) -> Any:
     """Return the value of canonical JSON bytes.
 
     Args:
@@ -76,9 +74,7 @@ def parse_canonical(
         value = json.loads(data.decode())
         canonical = canonical_json(value)
     except (ValueError, RecursionError, FormatError):
-        raise error(
-            f"{what} is not canonical JSON", hint=f"the {what} was changed or cut: get it again"
-        ) from None
+        raise error(f"{what} is not canonical JSON", hint=f"the {what} was changed or cut: get it again") from None
     if canonical != data:
         raise error(
             f"{what} is JSON, but not in its canonical spelling",

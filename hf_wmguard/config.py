@@ -48,7 +48,12 @@ class SignatureConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.last_epochs < math.inf, "signature.last_epochs", self.last_epochs, "expected more than 0")
-        _require(0 < self.budget <= 0.2, "signature.budget", self.budget, "expected more than 0 and at most 0.2; 0.01 is usual")
+        _require(
+            0 < self.budget <= 0.2,
+            "signature.budget",
+            self.budget,
+            "expected more than 0 and at most 0.2; 0.01 is usual",
+        )
         _require(0.1 <= self.step <= 16, "signature.step", self.step, "expected 0.1 to 16; 2 is usual")
         _require(0 < self.ramp <= 1, "signature.ramp", self.ramp, "expected more than 0 and at most 1")
 
@@ -78,7 +83,12 @@ class TriggerConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.count <= MAX_TRIGGERS, "triggers.count", self.count, f"expected 1 to {MAX_TRIGGERS}")
-        _require(self.style in ("natural", "nonsense"), "triggers.style", self.style, "expected natural or nonsense")
+        _require(
+            self.style in ("natural", "nonsense"),
+            "triggers.style",
+            self.style,
+            "expected natural or nonsense",
+        )
         _require(0 < self.last_epochs < math.inf, "triggers.last_epochs", self.last_epochs, "expected more than 0")
         _require(self.every_n_steps >= 1, "triggers.every_n_steps", self.every_n_steps, "expected 1 or more")
         _require(self.batch_size >= 1, "triggers.batch_size", self.batch_size, "expected 1 or more")
@@ -143,7 +153,9 @@ class WatermarkConfig:
         _require(bool(self.registry), "registry", self.registry, "expected a folder")
         if not self.owner_key.startswith(("file:", "env:")):
             # Not repeated in the message: somebody may have put the key itself here.
-            raise ConfigError("owner_key: not a key reference", hint="write file:PATH or env:NAME, never the key itself")
+            raise ConfigError(
+                "owner_key: not a key reference", hint="write file:PATH or env:NAME, never the key itself"
+            )
         _require(
             self.signature is not None or self.triggers is not None,
             "signature and triggers",
@@ -212,4 +224,7 @@ def _convert(kind: Any, value: object, where: str) -> object:
         return str(value)
     if isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
         return value
-    raise ConfigError(f"{where}: got {type(value).__name__}, expected {getattr(kind, '__name__', kind)}", hint="see configs/ for examples")
+    raise ConfigError(
+        f"{where}: got {type(value).__name__}, expected {getattr(kind, '__name__', kind)}",
+        hint="see configs/ for examples",
+    )

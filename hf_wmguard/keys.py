@@ -61,12 +61,15 @@ def read_reference(ref: str, *, what: str, private: bool) -> bytes:
         name = ref.removeprefix("env:")
         value = os.environ.get(name)
         if value is None:
-            raise NotFoundError(f"{what}: environment variable {name} is not set", hint=f"set {name} to the key in base64")
+            raise NotFoundError(
+                f"{what}: environment variable {name} is not set", hint=f"set {name} to the key in base64"
+            )
         try:
             return base64.b64decode(value.strip(), validate=True)
         except (binascii.Error, ValueError):
             raise KeyFormatError(
-                f"{what}: environment variable {name} is not base64", hint=f"set {name} to the output of: base64 -w0 KEYFILE"
+                f"{what}: environment variable {name} is not base64",
+                hint=f"set {name} to the output of: base64 -w0 KEYFILE",
             ) from None
     # The reference itself is not repeated: somebody may have pasted a key where a reference belongs.
     raise ConfigError(
@@ -77,16 +80,22 @@ def read_reference(ref: str, *, what: str, private: bool) -> bytes:
 
 def _read_key_file(path: Path, *, what: str, private: bool) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a named pipe without a writer must be an error, not a wait without end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise NotFoundError(f"{what}: no file at {path}", hint="make one with: wmguard keygen owner|recipient --out FILE") from None
+        raise NotFoundError(
+            f"{what}: no file at {path}", hint="make one with: wmguard keygen owner|recipient --out FILE"
+        ) from None
     except OSError as error:
-        raise NotFoundError(f"{what}: cannot read {path}: {error.strerror}", hint="check the path and its permissions") from None
+        raise NotFoundError(
+            f"{what}: cannot read {path}: {error.strerror}", hint="check the path and its permissions"
+        ) from None
+    # The mode is taken from the open descriptor, so that the file cannot be swapped between check and read.
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise KeyFormatError(f"{what}: {path} is not a regular file", hint="point the reference at the key file")
     with os.fdopen(descriptor, "rb") as file:
-        # The mode is taken from the open descriptor, so that the file cannot be swapped between check and read.
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyFormatError(f"{what}: {path} is not a regular file", hint="point the reference at the key file")
         if private and status.st_mode & 0o077:
             raise KeyPermissionError(
                 f"{what}: {path} is readable by others (mode {stat.S_IMODE(status.st_mode):04o}, expected 0600)",
@@ -115,7 +124,9 @@ class OwnerKey:
                 hint="make one with: wmguard keygen owner --out FILE",
             )
         if len(set(secret)) == 1:
-            raise KeyFormatError("owner key is one byte repeated", hint="make one with: wmguard keygen owner --out FILE")
+            raise KeyFormatError(
+                "owner key is one byte repeated", hint="make one with: wmguard keygen owner --out FILE"
+            )
         self.__secret = bytes(secret)
 
     @classmethod
@@ -137,7 +148,14 @@ class OwnerKey:
         write_key_pair(path, self.__secret, self.public_pem())
 
     def derive(
-        self, label: str, *, model_id: str = "", iteration: str = "", slot: int = 0, salt: bytes = b"", length_bytes: int = 32
+        self,
+        label: str,
+        *,
+        model_id: str = "",
+        iteration: str = "",
+        slot: int = 0,
+        salt: bytes = b"",
+        length_bytes: int = 32,
     ) -> bytes:
         """Return a subkey bound to a use, a model, an iteration and a slot.
 
@@ -156,8 +174,10 @@ class OwnerKey:
 
     def public_pem(self) -> bytes:
         """Return the public signing key as PEM (SubjectPublicKeyInfo)."""
-        return self.signing_key().public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        return (
+            self.signing_key()
+            .public_key()
+            .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         )
 
     def key_id(self) -> str:
@@ -183,7 +203,8 @@ class OwnerKey:
             return AESGCM(self.derive(label, salt=salt)).decrypt(bytes(12), ciphertext, aad)
         except (InvalidTag, ValueError):
             raise AuthenticationError(
-                f"cannot open {label} data with this owner key", hint="check --owner-key; if it is right, the data was changed"
+                f"cannot open {label} data with this owner key",
+                hint="check --owner-key; if it is right, the data was changed",
             ) from None
 
     def __repr__(self) -> str:
@@ -224,7 +245,9 @@ def write_new_file(path: Path, data: bytes, *, mode: int) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError:
-        raise UsageError(f"{path} exists and is not overwritten", hint="choose another --out, or move the old file away") from None
+        raise UsageError(
+            f"{path} exists and is not overwritten", hint="choose another --out, or move the old file away"
+        ) from None
     except OSError as error:
         raise NotFoundError(f"cannot write {path}: {error.strerror}", hint="create its folder first") from None
     with os.fdopen(descriptor, "wb") as file:

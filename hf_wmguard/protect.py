@@ -90,7 +90,8 @@ def choose_carriers(parameters: Mapping[str, nn.Parameter], config: SignatureCon
             value = float(torch.linalg.vector_norm(parameter.detach().float())) / parameter.numel() ** 0.5
             if not 0 < value < float("inf"):
                 raise NonFiniteWeightError(
-                    f"{name}: root mean square is {value}", hint="the model is damaged or was never initialised"
+                    f"{name}: root mean square is {value}",
+                    hint="the model is damaged or was never initialised",
                 )
             shapes[name], rms[name] = (parameter.shape[0], parameter.shape[1]), value
     return select_carriers(shapes, rms, budget=config.budget, step=config.step, min_projections=MIN_CODE_BITS)
@@ -146,7 +147,9 @@ class ProtectedWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def add(self, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -204,7 +207,9 @@ class ProtectedWriter:
             raise FormatError("no weights were saved", hint="this model's save_pretrained writes no safetensors file")
         for record in self._records:
             (self._staging / record.name).replace(self._folder / record.name)
-        entries = [FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256) for record in self._records]
+        entries = [
+            FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256) for record in self._records
+        ]
         entries += [digest_file(self._folder / name) for name in _COVERED if (self._folder / name).is_file()]
         recipients = [X25519Identity.from_owner(self._owner).recipient(), *self._recipients]
         sealed = seal_recipients(self._dek, recipients, set_id=self.set_id, model_id=self._config.model_id)
@@ -231,7 +236,11 @@ class ProtectedWriter:
         shard = _SHARD.search(name)
         index, total = (int(shard[1]), int(shard[2])) if shard else (1, 1)
         return FileContext(
-            model_id=self._config.model_id, iteration=self._config.iteration, set_id=self.set_id, index=index, total=total
+            model_id=self._config.model_id,
+            iteration=self._config.iteration,
+            set_id=self.set_id,
+            index=index,
+            total=total,
         )
 
     def __repr__(self) -> str:

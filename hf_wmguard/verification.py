@@ -135,7 +135,8 @@ def verify(
     candidates = [one for one in _committed(owner, registry, model_id) if one.record.carriers]
     if not candidates:
         raise RegistryError(
-            f"{registry} commits to no weight signature", hint="these models were marked with triggers only: use wmguard probe"
+            f"{registry} commits to no weight signature",
+            hint="these models were marked with triggers only: use wmguard probe",
         )
     identities: tuple[Identity, ...] = (X25519Identity.from_owner(owner),)
     if identity is not None:
@@ -144,9 +145,7 @@ def verify(
         tile_of = tile_reader(opened)
         results = [(one, *_judge_weights(one, owner, tile_of)) for one in candidates]
     best, result, complete = min(results, key=lambda item: item[1].log10_p)
-    return _report(
-        best, len(results), alpha_log10, enough=complete, signature=result, suspect=_describe(suspect)
-    )
+    return _report(best, len(results), alpha_log10, enough=complete, signature=result, suspect=_describe(suspect))
 
 
 def probe(
@@ -183,7 +182,9 @@ def probe(
         log10_p = log10_poisson_binomial_tail(matches, triggers.rates)
         rate = sum(triggers.rates) / triggers.count
         count = triggers.count
-        results.append((one, TriggerResult(log10_p=log10_p, matches=matches, asked=count, null_rate=rate, queries=count)))
+        results.append(
+            (one, TriggerResult(log10_p=log10_p, matches=matches, asked=count, null_rate=rate, queries=count))
+        )
     if not results:
         raise RegistryError(f"{registry} commits to no trigger set", hint="use wmguard verify, which reads the weights")
     best, result = min(results, key=lambda item: item[1].log10_p)
@@ -197,7 +198,10 @@ def _committed(owner: OwnerKey, registry: str | Path, model_id: str | None) -> l
     entries = Registry(Path(registry), owner).commitments(model_id)
     if not entries:
         what = f"of {model_id}" if model_id else "at all"
-        raise RegistryError(f"{registry} holds no commitment {what}", hint="a claim without a commitment before training is worth nothing")
+        raise RegistryError(
+            f"{registry} holds no commitment {what}",
+            hint="a claim without a commitment before training is worth nothing",
+        )
     return [Committed.from_entry(entry) for entry in entries]
 
 

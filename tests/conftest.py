@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # Before transformers is imported: nothing in the tests may look for a network.
@@ -20,10 +20,9 @@ from hf_wmguard.keys import OwnerKey, write_key_pair
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> Iterator[None]:
+def _fixed_seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    yield
 
 
 @pytest.fixture

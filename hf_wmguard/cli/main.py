@@ -33,7 +33,8 @@ ModelIdOption = Annotated[str | None, typer.Option("--model-id", help="Only this
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 AlphaOption = Annotated[float, typer.Option("--alpha-log10", max=0.0, help="Level of the verdict, log10 of p.")]
 SignerOption = Annotated[
-    str | None, typer.Option("--signer", help="Reference to the owner's public key that must have signed, file:owner.key.pub.")
+    str | None,
+    typer.Option("--signer", help="Reference to the owner's public key that must have signed, file:owner.key.pub."),
 ]
 
 
@@ -66,7 +67,10 @@ def keygen(
     if as_json:
         _print_json(result)
     else:
-        _out.print(f"{kind.value} key: {out} (keep it secret, back it up)\npublic half: {out}.pub\nid: {public}", soft_wrap=True)
+        _out.print(
+            f"{kind.value} key: {out} (keep it secret, back it up)\npublic half: {out}.pub\nid: {public}",
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -75,7 +79,9 @@ def verify(
     owner_key: OwnerKeyOption,
     registry: RegistryOption,
     model_id: ModelIdOption = None,
-    identity: Annotated[str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")] = None,
+    identity: Annotated[
+        str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
+    ] = None,
     alpha_log10: AlphaOption = -9.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -84,7 +90,12 @@ def verify(
 
     with _err.status(f"reading {suspect}"):
         report = judge(
-            suspect, owner_key=owner_key, registry=registry, model_id=model_id, identity=identity, alpha_log10=alpha_log10
+            suspect,
+            owner_key=owner_key,
+            registry=registry,
+            model_id=model_id,
+            identity=identity,
+            alpha_log10=alpha_log10,
         )
     _print_report(report, as_json)
 
@@ -95,7 +106,9 @@ def probe(
     owner_key: OwnerKeyOption,
     registry: RegistryOption,
     model_id: ModelIdOption = None,
-    identity: Annotated[str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")] = None,
+    identity: Annotated[
+        str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
+    ] = None,
     alpha_log10: AlphaOption = -9.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -106,7 +119,13 @@ def probe(
     with _err.status(f"asking {local}"):
         model, tokenizer = load_suspect(local, identity=identity)
         report = judge(
-            model, tokenizer, owner_key=owner_key, registry=registry, model_id=model_id, alpha_log10=alpha_log10, uri=str(local)
+            model,
+            tokenizer,
+            owner_key=owner_key,
+            registry=registry,
+            model_id=model_id,
+            alpha_log10=alpha_log10,
+            uri=str(local),
         )
     _print_report(report, as_json)
 

@@ -21,9 +21,7 @@ def check_text(value: str, what: str) -> None:
     except UnicodeEncodeError:
         raise UsageError(f"{what} is not valid Unicode", hint="choose a name without surrogates") from None
     if not 1 <= size_bytes <= MAX_TEXT_BYTES:
-        raise UsageError(
-            f"{what} has {size_bytes} bytes, expected 1 to {MAX_TEXT_BYTES}", hint="choose another name"
-        )
+        raise UsageError(f"{what} has {size_bytes} bytes, expected 1 to {MAX_TEXT_BYTES}", hint="choose another name")
 
 
 def decode_hex(text: str, size_bytes: int, what: str) -> bytes:

@@ -146,9 +146,7 @@ def _pieces(
 def _streams(header: Header, cipher: AESGCM) -> dict[str, ChunkStream]:
     """Return the chunk stream of every tensor, in the order of the blobs."""
     return {
-        name: ChunkStream(
-            cipher=cipher, name=name, index=index, size_bytes=size_bytes, chunk_bytes=header.chunk_bytes
-        )
+        name: ChunkStream(cipher=cipher, name=name, index=index, size_bytes=size_bytes, chunk_bytes=header.chunk_bytes)
         for index, (name, size_bytes) in enumerate(header.sizes.items())
     }
 
@@ -192,6 +190,11 @@ class ProtectedFile:
         for name, size_bytes in header.sizes.items():
             self._starts[name] = offset
             offset += blob_bytes(size_bytes, header.chunk_bytes)
+
+    @property
+    def path(self) -> Path:
+        """Where the file was opened."""
+        return self._path
 
     @property
     def context(self) -> FileContext:

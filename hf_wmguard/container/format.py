@@ -84,9 +84,7 @@ def derive_key(dek: bytes, label: str, *context: str, salt: bytes | None = None)
     Source: HKDF-SHA256, RFC 5869.
     """
     if len(dek) != DEK_BYTES:
-        raise KeyFormatError(
-            f"DEK has {len(dek)} bytes, expected {DEK_BYTES}", hint="use secrets.token_bytes(32)"
-        )
+        raise KeyFormatError(f"DEK has {len(dek)} bytes, expected {DEK_BYTES}", hint="use secrets.token_bytes(32)")
     info = canonical_json(["hf-wmguard/1/container", label, *context])
     return HKDF(algorithm=hashes.SHA256(), length=32, salt=salt, info=info).derive(dek)
 
@@ -204,9 +202,7 @@ class Header:
     def keys(self, dek: bytes) -> FileKeys:
         """Return the subkeys that this DEK gives for this header."""
         body_hash = hashlib.sha256(canonical_json([self.body(), self.table()])).hexdigest()
-        derived = {
-            label: derive_key(dek, label, body_hash, salt=self.salt) for label in ("chunks", "inner", "mac")
-        }
+        derived = {label: derive_key(dek, label, body_hash, salt=self.salt) for label in ("chunks", "inner", "mac")}
         return FileKeys(**derived)
 
     def expected_mac(self, keys: FileKeys) -> bytes:
@@ -224,10 +220,13 @@ def seal_header(
     """Return a finished header with a fresh salt, and the keys of its file.
 
     Raises:
-        UsageError: A name, size or chunk size outside the limits, or a header over ``MAX_HEADER_BYTES``.
+        UsageError: A name, size or chunk size outside the limits, metadata that are not strings, or a header
+            over ``MAX_HEADER_BYTES``.
         KeyFormatError: The DEK is not 32 bytes.
     """
     _check_chunk_bytes(chunk_bytes)
+    if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
+        raise UsageError("the metadata are not strings", hint="safetensors metadata map strings to strings")
     header = Header(
         context=context,
         chunk_bytes=chunk_bytes,
@@ -298,9 +297,7 @@ def open_header(header: Header, dek: bytes) -> tuple[FileKeys, dict[str, TensorI
         )
     keys = header.keys(dek)
     if not hmac.compare_digest(header.expected_mac(keys), header.mac):
-        raise AuthenticationError(
-            "the header was changed", hint="fetch the file again from a source you trust"
-        )
+        raise AuthenticationError("the header was changed", hint="fetch the file again from a source you trust")
     try:
         plaintext = AESGCM(keys.inner).decrypt(_INNER_NONCE, header.inner, None)
     except InvalidTag:
@@ -327,16 +324,12 @@ def _decode_header(public: Mapping[str, Any], table: Mapping[str, Any]) -> Heade
 
 def _check_chunk_bytes(chunk_bytes: int) -> None:
     if not MIN_CHUNK_BYTES <= chunk_bytes <= MAX_CHUNK_BYTES:
-        raise UsageError(
-            f"chunk_bytes is {chunk_bytes}", hint=f"choose {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} bytes"
-        )
+        raise UsageError(f"chunk_bytes is {chunk_bytes}", hint=f"choose {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} bytes")
 
 
 def _decode_size(name: str, value: object, chunk_bytes: int) -> int:
     """Return the plaintext size from the shape of a blob; encoding again checks dtype and offsets."""
-    entry = require_object(
-        value, {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}, "tensor entry"
-    )
+    entry = require_object(value, {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}, "tensor entry")
     shape = entry["shape"]
     if len(shape) != 1 or type(shape[0]) is not int:
         raise FormatError(f"{name}: not a 1-D blob", hint="the file is damaged or is not protected")

@@ -77,9 +77,7 @@ def decode_inner(plaintext: bytes) -> tuple[dict[str, TensorInfo], dict[str, str
     )
     tensors = {}
     for name, value in document["tensors"].items():
-        entry = require_object(
-            value, {"dtype": (str,), "shape": (list,), "size_bytes": (int,)}, "inner header entry"
-        )
+        entry = require_object(value, {"dtype": (str,), "shape": (list,), "size_bytes": (int,)}, "inner header entry")
         if any(type(size) is not int for size in entry["shape"]):
             raise FormatError(f"{name}: the shape is not a list of integers", hint="write the file again")
         with reading(name):

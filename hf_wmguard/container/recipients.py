@@ -218,7 +218,5 @@ def _parse_stanza(entry: object) -> Stanza:
     kind = entry.get("kind") if isinstance(entry, dict) else None
     fields = STANZA_FIELDS.get(kind) if isinstance(kind, str) else None
     if fields is None:
-        raise FormatError(
-            f"a stanza of kind {kind!r}, expected {', '.join(STANZA_FIELDS)}", hint="update hf-wmguard"
-        )
+        raise FormatError(f"a stanza of kind {kind!r}, expected {', '.join(STANZA_FIELDS)}", hint="update hf-wmguard")
     return require_object(entry, fields, "stanza")

@@ -28,9 +28,7 @@ def open_file(path: Path) -> FileIO:
     except FileNotFoundError:
         raise NotFoundError(f"no file at {path}", hint="check the path") from None
     except OSError as error:
-        raise EnvironmentFault(
-            f"cannot open {path}: {error.strerror}", hint="check its permissions"
-        ) from None
+        raise EnvironmentFault(f"cannot open {path}: {error.strerror}", hint="check its permissions") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path} is not a regular file", hint="point at a protected .safetensors file")
@@ -45,9 +43,7 @@ def read_header(file: FileIO, path: Path) -> tuple[Header, int]:
     """
     file_size_bytes = os.fstat(file.fileno()).st_size
     if file_size_bytes < LENGTH_BYTES:
-        raise FormatError(
-            f"{path.name}: {file_size_bytes} bytes are no file of this kind", hint="fetch it again"
-        )
+        raise FormatError(f"{path.name}: {file_size_bytes} bytes are no file of this kind", hint="fetch it again")
     length = memoryview(bytearray(LENGTH_BYTES))
     read_exactly(file, path, length, 0)
     header_bytes = int.from_bytes(length, "little")

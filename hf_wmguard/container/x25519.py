@@ -61,9 +61,7 @@ class X25519Recipient:
         try:
             ciphertext = _SUITE.encrypt(dek, self._public, info=context.info(X25519_KIND))
         except ValueError:
-            raise KeyFormatError(
-                "the recipient is not a usable key", hint="ask for another public key"
-            ) from None
+            raise KeyFormatError("the recipient is not a usable key", hint="ask for another public key") from None
         return {
             "kind": X25519_KIND,
             "recipient": self.key_id,
@@ -171,9 +169,7 @@ def _parse_line(text: str, prefix: str, what: str) -> bytes:
             "recipient: this is a private identity", hint="pass its public half, the file that ends in .pub"
         )
     if prefix == _IDENTITY_PREFIX and line.startswith(_RECIPIENT_PREFIX):
-        raise KeyFormatError(
-            "identity: this is a public recipient", hint="pass the private file, without .pub"
-        )
+        raise KeyFormatError("identity: this is a public recipient", hint="pass the private file, without .pub")
     if not line.startswith(prefix):
         raise KeyFormatError(f"{what}: expected one line that starts with {prefix}", hint=_KEYGEN)
     data = decode_base64(line.removeprefix(prefix), what, error=KeyFormatError)

@@ -176,9 +176,7 @@ def _refuse_unreadable(error: OSError) -> NoReturn:
     raise ManifestError(f"cannot look into {error.filename}: {error.strerror}", hint="check its permissions")
 
 
-def check_files(
-    folder: Path, manifest: Manifest, *, progress: Callable[[str, int], None] | None = None
-) -> None:
+def check_files(folder: Path, manifest: Manifest, *, progress: Callable[[str, int], None] | None = None) -> None:
     """Check every listed file byte by byte, after `check_sizes`.
 
     Args:

@@ -64,9 +64,7 @@ _TRIGGER_FIELDS = {"count": (int,), "candidates": (int,), "match_rate": (float, 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ManifestError(
-            f"manifest: {message}", hint="save again with this release, or get the folder again"
-        )
+        raise ManifestError(f"manifest: {message}", hint="save again with this release, or get the folder again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,17 +119,13 @@ class SignatureSummary:
     def __post_init__(self) -> None:
         for name in ("bit_error_rate", "log10_p", "weight_change"):
             value = getattr(self, name)
-            _require(
-                isinstance(value, float) and math.isfinite(value), f"signature {name} is not a finite float"
-            )
+            _require(isinstance(value, float) and math.isfinite(value), f"signature {name} is not a finite float")
         _require(
             0 <= self.bit_error_rate <= 1,
             f"signature bit_error_rate is {self.bit_error_rate}, expected 0 to 1",
         )
         _require(self.log10_p <= 0, f"signature log10_p is {self.log10_p}, expected at most 0")
-        _require(
-            self.weight_change >= 0, f"signature weight_change is {self.weight_change}, expected at least 0"
-        )
+        _require(self.weight_change >= 0, f"signature weight_change is {self.weight_change}, expected at least 0")
         _require(self.projections >= 1, f"signature has {self.projections} projections, expected at least 1")
 
 
@@ -223,12 +217,8 @@ class Manifest:
         _require(known == (self.commitment_time is not None), "commitment and commitment_time stand together")
         _require(known or self.commitment_timestamp is None, "commitment_timestamp without a commitment")
         if self.commitment is not None and self.commitment_time is not None:
-            _require(
-                bool(_ENTRY_HASH.fullmatch(self.commitment)), "commitment is not sha256: and 64 hex digits"
-            )
-            _require(
-                is_canonical_time(self.commitment_time), "commitment_time is not a UTC time to the second"
-            )
+            _require(bool(_ENTRY_HASH.fullmatch(self.commitment)), "commitment is not sha256: and 64 hex digits")
+            _require(is_canonical_time(self.commitment_time), "commitment_time is not a UTC time to the second")
 
     def to_bytes(self) -> bytes:
         """Return the manifest as canonical JSON."""
@@ -249,13 +239,9 @@ class Manifest:
                 hint="upgrade hf-wmguard if a later release wrote this",
             )
         fields = _object(raw, _FIELDS, "manifest")
-        _require(
-            len(fields["files"]) <= MAX_FILES, f"{len(fields['files'])} files, expected at most {MAX_FILES}"
-        )
+        _require(len(fields["files"]) <= MAX_FILES, f"{len(fields['files'])} files, expected at most {MAX_FILES}")
         del fields["version"]
-        files = tuple(
-            FileEntry(**_object(entry, _FILE_FIELDS, "manifest file")) for entry in fields.pop("files")
-        )
+        files = tuple(FileEntry(**_object(entry, _FILE_FIELDS, "manifest file")) for entry in fields.pop("files"))
         signature, triggers = fields.pop("signature"), fields.pop("triggers")
         return cls(
             **fields,

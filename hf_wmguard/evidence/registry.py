@@ -168,9 +168,7 @@ class Registry:
                 hint="check --registry; a registry is made by the first run that marks a model",
             ) from None
         except OSError as error:
-            raise EnvironmentFault(
-                f"cannot read {self._log}: {error.strerror}", hint="check its permissions"
-            ) from None
+            raise EnvironmentFault(f"cannot read {self._log}: {error.strerror}", hint="check its permissions") from None
         if expected_head not in {None, GENESIS, *(entry.hash for entry in entries)}:
             raise RegistryError(
                 f"{self._log} with {len(entries)} entries does not hold {expected_head}",
@@ -196,9 +194,7 @@ class Registry:
         for entry in self.entries(expected_head=entry_hash):
             if entry.hash == entry_hash:
                 return entry
-        raise RegistryError(
-            f"{entry_hash} names no entry", hint="use the hash of an entry: wmguard registry list"
-        )
+        raise RegistryError(f"{entry_hash} names no entry", hint="use the hash of an entry: wmguard registry list")
 
     def _scan(self) -> tuple[int, int, bytes]:
         """Return how many lines there are, the bytes they take, and the last one."""
@@ -208,9 +204,7 @@ class Registry:
                 for last in _complete_lines(file):
                     count, end_bytes = count + 1, end_bytes + len(last) + 1
         if count >= MAX_ENTRIES:
-            raise UsageError(
-                f"{self._log} has {count} entries, the most there can be", hint="start a new registry"
-            )
+            raise UsageError(f"{self._log} has {count} entries, the most there can be", hint="start a new registry")
         return count, end_bytes, last
 
     def _write_line(self, line: bytes, end_bytes: int) -> None:
@@ -281,11 +275,7 @@ class Registry:
         body = parse_canonical(
             self._owner.open("registry", sealed, aad=aad), f"{what} body", MAX_LINE_BYTES, error=RegistryError
         )
-        if (
-            not isinstance(body, dict)
-            or not is_canonical_time(fields["time"])
-            or not _KIND.fullmatch(fields["kind"])
-        ):
+        if not isinstance(body, dict) or not is_canonical_time(fields["time"]) or not _KIND.fullmatch(fields["kind"]):
             raise RegistryError(
                 f"{what}: body, time or kind is malformed",
                 hint="upgrade hf-wmguard if a later one wrote this",
@@ -333,9 +323,7 @@ def _complete_lines(file: BinaryIO) -> Iterator[bytes]:
     while line := file.readline(MAX_LINE_BYTES + 1):
         count += 1
         if count > MAX_ENTRIES:
-            raise RegistryError(
-                f"{file.name} has more than {MAX_ENTRIES} lines", hint="this is not a registry"
-            )
+            raise RegistryError(f"{file.name} has more than {MAX_ENTRIES} lines", hint="this is not a registry")
         if line.endswith(b"\n"):
             yield line[:-1]
         # A line's only closing brace is its last byte, so a killed write leaves none. One that is there

@@ -61,9 +61,7 @@ def make_signature(payload: bytes, payload_type: str, key: ec.EllipticCurvePriva
     return key.sign(pae(payload, payload_type), ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
 
 
-def signature_is_valid(
-    signature: bytes, payload: bytes, payload_type: str, key: ec.EllipticCurvePublicKey
-) -> bool:
+def signature_is_valid(signature: bytes, payload: bytes, payload_type: str, key: ec.EllipticCurvePublicKey) -> bool:
     """Return whether a signature (DER) is this key's over this payload and type."""
     try:
         key.verify(signature, pae(payload, payload_type), ec.ECDSA(hashes.SHA256()))
@@ -135,9 +133,7 @@ def open_envelope(data: bytes, *, payload_type: str, signer: ec.EllipticCurvePub
     key = _embedded_key(fields["public_key"])
     key_id = public_key_id(key)
     if signature["keyid"] != key_id:
-        raise ManifestError(
-            "envelope names another key than it embeds", hint="the envelope was edited: get it again"
-        )
+        raise ManifestError("envelope names another key than it embeds", hint="the envelope was edited: get it again")
     if signer is not None and key_id != public_key_id(signer):
         raise ManifestError(
             f"envelope is signed by {key_id}, expected {public_key_id(signer)}",

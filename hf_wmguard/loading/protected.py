@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import save_file
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -101,7 +101,9 @@ def _refuse_offload(kwargs: dict[str, Any]) -> None:
     device_map = kwargs.get("device_map")
     to_disk = isinstance(device_map, dict) and "disk" in device_map.values()
     if to_disk or kwargs.get("offload_folder") is not None:
-        raise UnsupportedError("disk offload would write the decrypted weights to disk", hint="use a device_map without disk")
+        raise UnsupportedError(
+            "disk offload would write the decrypted weights to disk", hint="use a device_map without disk"
+        )
 
 
 def _model_class(auto_class: Any, config: Any) -> type[PreTrainedModel]:
@@ -110,12 +112,14 @@ def _model_class(auto_class: Any, config: Any) -> type[PreTrainedModel]:
         return auto_class  # type: ignore[no-any-return]
     if type(config) not in mapping:
         raise ConfigError(
-            f"{auto_class.__name__} has no model for {type(config).__name__}", hint="choose the auto class of this model's task"
+            f"{auto_class.__name__} has no model for {type(config).__name__}",
+            hint="choose the auto class of this model's task",
         )
     found = mapping[type(config)]
     classes = found if isinstance(found, list | tuple) else (found,)
     named = [one for one in classes if one.__name__ in (config.architectures or ())]
-    return (named or list(classes))[0]
+    chosen: type[PreTrainedModel] = (named or list(classes))[0]
+    return chosen
 
 
 def decrypt_folder(
@@ -138,7 +142,10 @@ def decrypt_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and is not overwritten", hint="choose a new folder")
     if out.resolve().is_relative_to(path.resolve()):
-        raise UsageError(f"{out} lies inside {path}", hint="plaintext does not belong beside its ciphertext; choose another folder")
+        raise UsageError(
+            f"{out} lies inside {path}",
+            hint="plaintext does not belong beside its ciphertext; choose another folder",
+        )
     if not out.absolute().parent.is_dir():
         raise NotFoundError(f"no folder {out.absolute().parent}", hint="create it first")
     pinned = load_signer(signer) if signer else None
@@ -162,7 +169,6 @@ def decrypt_folder(
     return tuple(sorted(out / name for name in weights))
 
 
-
 def load_suspect(path: Path, *, identity: str | None = None) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a local folder, plain or protected, without running code from it.
 
@@ -178,14 +184,21 @@ def load_suspect(path: Path, *, identity: str | None = None) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise FormatError(f"{path} cannot be loaded: {error}", hint="give the folder of a whole model with its tokenizer") from None
+        raise FormatError(
+            f"{path} cannot be loaded: {error}", hint="give the folder of a whole model with its tokenizer"
+        ) from None
     names = config.architectures or [""]
     model_class = getattr(transformers, names[0], None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise UnsupportedError(f"{path}: architecture {names[0]!r} is not one of transformers'", hint="code from a suspect is not run")
+        raise UnsupportedError(
+            f"{path}: architecture {names[0]!r} is not one of transformers'",
+            hint="code from a suspect is not run",
+        )
     if (path / MANIFEST_NAME).is_file():
         return load_protected(path, identity=identity, auto_class=model_class, config=config), tokenizer
     try:
         return model_class.from_pretrained(path), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{path} cannot be loaded: {error}", hint="the folder's weights do not fit its config") from None
+        raise FormatError(
+            f"{path} cannot be loaded: {error}", hint="the folder's weights do not fit its config"
+        ) from None

@@ -47,7 +47,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, task: str, device: tor
     """
     if tokenizer is None or not callable(tokenizer):
         raise UnsupportedError(
-            "triggers need the model's tokenizer", hint="pass processing_class=tokenizer to the Trainer, or triggers=None"
+            "triggers need the model's tokenizer",
+            hint="pass processing_class=tokenizer to the Trainer, or triggers=None",
         )
     rows = [list(ids) for ids in tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS)["input_ids"]]
     end = getattr(tokenizer, "eos_token_id", None)
@@ -85,7 +86,9 @@ def ask(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, task: str) ->
             return torch.cat(
                 [
                     response_logits(
-                        model, encode_texts(tokenizer, texts[start : start + BATCH_SIZE], task=task, device=device), task=task
+                        model,
+                        encode_texts(tokenizer, texts[start : start + BATCH_SIZE], task=task, device=device),
+                        task=task,
                     )
                     .float()
                     .cpu()

@@ -71,7 +71,8 @@ def open_dek(path: Path, manifest: Manifest, identities: tuple[Identity, ...]) -
     # The commitment in the signed manifest ties this key to this save: an old folder's recipients cannot be slipped in.
     if dek_commitment(dek, manifest.set_id) != manifest.dek_commitment:
         raise ManifestError(
-            f"{path}: {RECIPIENTS_NAME} holds the key of another save", hint="restore the file that belongs to this manifest"
+            f"{path}: {RECIPIENTS_NAME} holds the key of another save",
+            hint="restore the file that belongs to this manifest",
         )
     return dek
 
@@ -84,5 +85,9 @@ def weight_names(manifest: Manifest) -> list[str]:
 def file_context(manifest: Manifest, index: int, total: int) -> FileContext:
     """Return what the file number ``index`` of ``total`` must be bound to."""
     return FileContext(
-        model_id=manifest.model_id, iteration=manifest.iteration, set_id=manifest.set_id, index=index, total=total
+        model_id=manifest.model_id,
+        iteration=manifest.iteration,
+        set_id=manifest.set_id,
+        index=index,
+        total=total,
     )

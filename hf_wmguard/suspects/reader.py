@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +55,7 @@ class _InMemory:
 
 @dataclass(frozen=True, slots=True)
 class _Safetensors:
-    files: Mapping[str, safe_open]
+    files: Mapping[str, Any]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
@@ -88,7 +88,8 @@ def open_suspect(
     """Open a suspect for reading.
 
     Args:
-        source: A folder, a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file, a protected folder, a state dict or a model.
+        source: A folder, plain or protected, a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file, a state dict or
+            a model.
         identities: What can open a protected folder.
     Raises:
         NotFoundError: No such file, or a folder without weights.
@@ -109,7 +110,8 @@ def _open_path(path: Path, identities: tuple[Identity, ...], stack: ExitStack) -
     if any(file.suffix == ".safetensors" and is_protected(file) for file in files):
         if not path.is_dir():
             raise AuthenticationError(
-                f"{path} is one file of a protected folder", hint="give the folder, which holds the manifest and the recipients"
+                f"{path} is one file of a protected folder",
+                hint="give the folder, which holds the manifest and the recipients",
             )
         opened = stack.enter_context(open_folder(path, identities))
         return Encrypted({name: file for file in opened.files for name in file.names()})
@@ -126,7 +128,9 @@ def _open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file: {error}", hint="the file is damaged or cut short") from None
+        raise FormatError(
+            f"{path} is not a readable safetensors file: {error}", hint="the file is damaged or cut short"
+        ) from None
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -155,7 +159,8 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     if path.is_file():
         if path.suffix != ".safetensors" and path.suffix not in _PICKLE_SUFFIXES:
             raise FormatError(
-                f"{path}: unknown kind of weight file {path.suffix!r}", hint=f"expected .safetensors, {', '.join(_PICKLE_SUFFIXES)}"
+                f"{path}: unknown kind of weight file {path.suffix!r}",
+                hint=f"expected .safetensors, {', '.join(_PICKLE_SUFFIXES)}",
             )
         return (path,)
     if not path.is_dir():

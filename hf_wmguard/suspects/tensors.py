@@ -35,7 +35,9 @@ def encode(name: str, tensor: Tensor) -> TensorData:
         raise UnsupportedError(f"{name}: dtype {tensor.dtype} cannot be saved", hint="convert the tensor first")
     flat = tensor.detach().contiguous().cpu().reshape(-1)
     return TensorData(
-        dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=memoryview(flat.view(torch.uint8).numpy()).cast("B")
+        dtype=_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        data=flat.view(torch.uint8).numpy().data.cast("B"),
     )
 
 

@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.recipients import X25519Identity, load_recipient
@@ -63,8 +70,8 @@ class WatermarkCallback(TrainerCallback):
                 load_best()
 
         # On the instance: the class, and any other Trainer in the process, stay as they are.
-        trainer._load_from_checkpoint = load_from_checkpoint
-        trainer._load_best_model = load_best_model
+        trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign,assignment]
+        trainer._load_best_model = load_best_model  # type: ignore[method-assign]
 
     def _guard(self, model: Any) -> PreTrainedModel:
         checked = check_model(model)
@@ -101,16 +108,25 @@ class WatermarkCallback(TrainerCallback):
         )
         atexit.register(self._report_unsaved)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Mix triggers in, before the ordinary forward and backward."""
         self.mark.before_step(kwargs["model"])
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the decoupled signature step."""
         self.mark.after_step()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Log the watermark's metrics wherever the loss is logged."""
         if self._logging or "loss" not in (logs or {}):
@@ -128,7 +144,9 @@ class WatermarkCallback(TrainerCallback):
         finally:
             self._logging = False
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Bring the mark to its end, and write the finished model where the config says."""
         self.mark.finish()
         destination = self.config.protection.destination

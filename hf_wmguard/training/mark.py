@@ -16,12 +16,21 @@ from hf_wmguard.evidence.manifest import Manifest, SignatureSummary, TriggerSumm
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.probing.local import answers
-from hf_wmguard.protect import Committed, ProtectedWriter, State, choose_carriers, commit, new_salt, registry_body
+from hf_wmguard.protect import (
+    Committed,
+    ProtectedWriter,
+    State,
+    choose_carriers,
+    commit,
+    new_salt,
+    registry_body,
+)
 from hf_wmguard.training.saving import Save, weights_go_to
 from hf_wmguard.training.schedule import Phase, Ramp
 from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_carriers
 from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
+from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.triggers import count_matches
 
@@ -53,7 +62,13 @@ class Mark:
         self._resumed_from: Manifest | None = None
 
     def begin(
-        self, model: PreTrainedModel, tokenizer: Any, *, max_steps: int, steps_per_epoch: int | None, step: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        max_steps: int,
+        steps_per_epoch: int | None,
+        step: int,
     ) -> None:
         """Commit to the watermark, or, when resuming, go on with the one committed to before.
 
@@ -85,7 +100,7 @@ class Mark:
             self._triggers = TriggerStep(record.triggers, self.config.triggers, phase, tokenizer)
 
     def _plan(self, model: PreTrainedModel, parameters: dict[str, Any]) -> WatermarkRecord:
-        carriers = ()
+        carriers: tuple[Carrier, ...] = ()
         if self.config.signature is not None:
             carriers = choose_carriers(parameters, self.config.signature)
             check_carriers(parameters, [carrier.name for carrier in carriers])
@@ -107,12 +122,16 @@ class Mark:
         if self._resumed_from is not None and self._resumed_from.commitment is not None:
             entry = registry.find(self._resumed_from.commitment)
         else:
-            entries = [e for e in registry.commitments(self.config.model_id) if e.body.get("iteration") == self.config.iteration]
+            entries = [
+                e
+                for e in registry.commitments(self.config.model_id)
+                if e.body.get("iteration") == self.config.iteration
+            ]
             if not entries:
                 raise RegistryError(
                     f"resuming at step {self._step}, but {self.config.registry} has no commitment of "
                     f"{self.config.model_id} {self.config.iteration}",
-                    hint="use the registry of the first run; a run that began without hf-wmguard cannot be marked halfway: "
+                    hint="use the first run's registry; a run that began without hf-wmguard cannot be marked halfway: "
                     "start a new run from its weights",
                 )
             entry = entries[-1]
@@ -153,7 +172,10 @@ class Mark:
             return
         moved = self._signature.run(1.0)
         if self.state != "complete":
-            _logger.warning("training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)", moved)
+            _logger.warning(
+                "training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)",
+                moved,
+            )
         self._step = max(self._step, self._signature.ramp.full)
 
     @property
@@ -189,7 +211,9 @@ class Mark:
                 plain_save(folder, **kwargs)
             if self._signature is not None and self.committed is not None:
                 reading = writer.read_back(self._signature.keys)
-                decoded = self.committed.record.decode_payload(self.owner, reading.soft) == self.committed.record.payload
+                decoded = (
+                    self.committed.record.decode_payload(self.owner, reading.soft) == self.committed.record.payload
+                )
                 signature = SignatureSummary(
                     bit_error_rate=reading.bit_error_rate,
                     log10_p=reading.log10_p,
@@ -226,9 +250,12 @@ class Mark:
         if read is None:
             _logger.info("%s: encrypted; mark %s", folder, manifest.state)
             return
-        line = f"{folder}: encrypted; mark {manifest.state}, bit error rate {read.bit_error_rate:.4f}, log10 p {read.log10_p:.1f}"
+        numbers = f"bit error rate {read.bit_error_rate:.4f}, log10 p {read.log10_p:.1f}"
+        line = f"{folder}: encrypted; mark {manifest.state}, {numbers}"
         if manifest.state == "complete" and (not read.payload_decoded or read.bit_error_rate > 0):
-            warnings.warn(f"{line}: the signature does not read back exactly from the saved files", SignatureLostWarning, stacklevel=2)
+            warnings.warn(
+                f"{line}: the signature does not read back exactly from the saved files",
+                SignatureLostWarning,
+                stacklevel=2,
+            )
         _logger.info("%s", line)
-
-

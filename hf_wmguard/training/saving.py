@@ -9,13 +9,15 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import transformers.modeling_utils as modeling_utils
 from torch import Tensor
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
 
 from hf_wmguard.errors import UnsupportedError
 
 Sink = Callable[[Mapping[str, Tensor], Path, Mapping[str, str] | None], None]
 Save = Callable[..., None]
+_WRITER = "safe_save_file"
 _patching = threading.RLock()
 
 
@@ -30,7 +32,7 @@ def weights_go_to(sink: Sink) -> Iterator[None]:
         UnsupportedError: This release of transformers writes weights in another way.
     """
     with _patching:
-        original = getattr(modeling_utils, "safe_save_file", None)
+        original = getattr(modeling_utils, _WRITER, None)
         if original is None:
             raise UnsupportedError(
                 "this release of transformers writes weights in a way that cannot be intercepted",
@@ -44,11 +46,11 @@ def weights_go_to(sink: Sink) -> Iterator[None]:
             else:
                 original(tensors, filename, metadata=metadata)
 
-        modeling_utils.safe_save_file = save_file
+        setattr(modeling_utils, _WRITER, save_file)
         try:
             yield
         finally:
-            modeling_utils.safe_save_file = original
+            setattr(modeling_utils, _WRITER, original)
 
 
 def guard_saves(model: PreTrainedModel, save: Callable[[PreTrainedModel, Save, Path, dict[str, Any]], None]) -> None:
@@ -62,7 +64,9 @@ def guard_saves(model: PreTrainedModel, save: Callable[[PreTrainedModel, Save, P
 
     def save_pretrained(self: PreTrainedModel, save_directory: Any, **kwargs: Any) -> None:
         if kwargs.get("push_to_hub"):
-            raise UnsupportedError("push_to_hub is not supported by this version", hint="save to a folder, then push that folder")
+            raise UnsupportedError(
+                "push_to_hub is not supported by this version", hint="save to a folder, then push that folder"
+            )
         if not kwargs.get("is_main_process", True):
             return
         plain = MethodType(type(self).save_pretrained, self)

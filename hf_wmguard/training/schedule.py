@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
+
+State = Literal["pending", "ramping", "complete"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class Ramp:
             return 0.0
         return 1.0 / max(1, self.full - step + 1)
 
-    def state(self, step: int) -> str:
+    def state(self, step: int) -> State:
         """Return ``pending``, ``ramping`` or ``complete``: what a save after this step holds."""
         if step <= self.phase.start:
             return "pending"

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from hf_wmguard.errors import FormatError
 from hf_wmguard.training.schedule import Ramp
-from hf_wmguard.watermark.signature import CarrierKey, Reading, change_norm, move_, read_projections, residual, soft_bits
+from hf_wmguard.watermark.signature import (
+    CarrierKey,
+    Reading,
+    change_norm,
+    move_,
+    read_projections,
+    residual,
+    soft_bits,
+)
 
 
 class SignatureStep:
@@ -75,7 +83,10 @@ class SignatureStep:
     @property
     def weight_change(self) -> float:
         """Norm of the sum of all moves over the norm of the carrying matrices when the scheme was committed."""
-        return math.sqrt(sum(change_norm(key, shift) ** 2 for key, shift in zip(self.keys, self._applied, strict=True))) / self._norm
+        return (
+            math.sqrt(sum(change_norm(key, shift) ** 2 for key, shift in zip(self.keys, self._applied, strict=True)))
+            / self._norm
+        )
 
     def state(self) -> bytes:
         """Return the sum of all moves so far, for a checkpoint; secret, because it lies in the key's directions."""
@@ -88,7 +99,10 @@ class SignatureStep:
             FormatError: It belongs to other carriers.
         """
         if len(data) != 4 * sum(key.carrier.projections for key in self.keys):
-            raise FormatError("the checkpoint's signature state belongs to other carriers", hint="resume with the same config")
+            raise FormatError(
+                "the checkpoint's signature state belongs to other carriers",
+                hint="resume with the same config",
+            )
         flat, position = torch.frombuffer(bytearray(data), dtype=torch.float32).double(), 0
         for shift in self._applied:
             shift.copy_(flat[position : position + shift.numel()].reshape(shift.shape))

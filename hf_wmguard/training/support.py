@@ -1,4 +1,4 @@
-"""Refuse, before the first step, what this version cannot protect. Failing here is cheap; failing at the save is not."""
+"""Refuse, before the first step, what this version cannot protect: failing at the save would be too late."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_wmguard.errors import UnsupportedError
 
 
-def check_model(model: nn.Module) -> PreTrainedModel:
+def check_model(model: nn.Module | None) -> PreTrainedModel:
     """Return the model if its saves can be intercepted.
 
     Raises:
@@ -28,7 +28,10 @@ def check_model(model: nn.Module) -> PreTrainedModel:
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError("model is quantized", hint="load it without quantization_config, in float32")
     if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-        raise UnsupportedError("model is offloaded to disk, where its weights lie in plaintext", hint="load it without offload_folder")
+        raise UnsupportedError(
+            "model is offloaded to disk, where its weights lie in plaintext",
+            hint="load it without offload_folder",
+        )
     return model
 
 

@@ -16,7 +16,13 @@ from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.probing.local import ask, encode_texts, response_logits, task_of
 from hf_wmguard.training.schedule import Phase
-from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates, perinucleus_candidates
+from hf_wmguard.watermark.triggers import (
+    TriggerSet,
+    derive_responses,
+    derive_texts,
+    label_candidates,
+    perinucleus_candidates,
+)
 
 
 def make_triggers(key: bytes, config: TriggerConfig, model: PreTrainedModel, tokenizer: Any) -> TriggerSet:
@@ -33,11 +39,13 @@ def make_triggers(key: bytes, config: TriggerConfig, model: PreTrainedModel, tok
     task = task_of(model)
     texts = derive_texts(key, count=config.count, style=config.style, task=task)
     if task == "classification":
-        candidates = label_candidates(config.count, num_labels=model.config.num_labels)
+        candidates = label_candidates(config.count, num_labels=int(model.config.num_labels or 0))
     else:
         special = {int(i) for i in getattr(tokenizer, "all_special_ids", ())}
         # Tokens beyond the tokenizer's own (padded vocabularies) have no text and can never be an answer.
-        special |= set(range(len(tokenizer), model.config.get_text_config().vocab_size)) if tokenizer is not None else set()
+        special |= (
+            set(range(len(tokenizer), model.config.get_text_config().vocab_size)) if tokenizer is not None else set()
+        )
         logits = ask(model, tokenizer, texts, task=task)
         candidates = perinucleus_candidates(logits, width=config.candidates, excluded=special)
     return TriggerSet(
@@ -83,7 +91,10 @@ class TriggerStep:
         size = min(self._config.batch_size, self._triggers.count)
         rows = [(number * size + offset) % self._triggers.count for offset in range(size)]
         batch = encode_texts(
-            self._tokenizer, [self._triggers.texts[row] for row in rows], task=self._triggers.task, device=device
+            self._tokenizer,
+            [self._triggers.texts[row] for row in rows],
+            task=self._triggers.task,
+            device=device,
         )
         target = torch.tensor([self._triggers.responses[row] for row in rows], device=device)
         training = model.training
@@ -96,10 +107,14 @@ class TriggerStep:
                 loss = nn.functional.cross_entropy(logits, target)
                 if not bool(torch.isfinite(loss)):
                     raise UnsupportedError(
-                        f"trigger loss is {float(loss.detach())} at step {step}", hint="lower triggers.weight or the learning rate"
+                        f"trigger loss is {float(loss.detach())} at step {step}",
+                        hint="lower triggers.weight or the learning rate",
                     )
-                (self._config.weight * loss).backward()
+                torch.autograd.backward(self._config.weight * loss)
             finally:
                 model.train(training)
         matched = (logits.detach().argmax(dim=-1) == target).float().mean()
-        self.metrics = {"wmguard/trigger_loss": float(loss.detach()), "wmguard/trigger_match_rate": float(matched)}
+        self.metrics = {
+            "wmguard/trigger_loss": float(loss.detach()),
+            "wmguard/trigger_match_rate": float(matched),
+        }

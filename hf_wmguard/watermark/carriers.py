@@ -48,10 +48,12 @@ class Carrier:
     rms: float
 
     def __post_init__(self) -> None:
-        whole = 0 <= self.row_start and 1 <= self.rows and self.row_start + self.rows <= self.shape[0] <= MAX_ROWS
+        whole = self.row_start >= 0 and self.rows >= 1 and self.row_start + self.rows <= self.shape[0] <= MAX_ROWS
         fine = 1 <= self.side <= min(self.rows, self.shape[1]) and self.side**2 <= MAX_PROJECTIONS
         if not (whole and fine and 0 < self.step < math.inf and 0 < self.rms < math.inf):
-            raise FormatError(f"carrier {self.name!r} is impossible: {self.shape}, {self.row_start}, {self.rows}, {self.side}")
+            raise FormatError(
+                f"carrier {self.name!r} is impossible: {self.shape}, {self.row_start}, {self.rows}, {self.side}"
+            )
 
     @property
     def projections(self) -> int:
@@ -78,9 +80,7 @@ class Carrier:
 
 def is_carrier(name: str, shape: tuple[int, ...]) -> bool:
     """Return whether a parameter of this name and shape may carry the signature."""
-    return (
-        len(shape) == 2 and min(shape) >= MIN_SIDE and bool(_BLOCK.search(name)) and not _NOT_A_CARRIER.search(name)
-    )
+    return len(shape) == 2 and min(shape) >= MIN_SIDE and bool(_BLOCK.search(name)) and not _NOT_A_CARRIER.search(name)
 
 
 def select_carriers(
@@ -117,12 +117,18 @@ def select_carriers(
     carriers = []
     for name, (rows, columns) in sorted(shapes.items()):
         side = int(math.sqrt(12 * rows * columns) * affordable / step)
-        # A side beyond an eighth of the tile would make the directions far from orthogonal, and the change larger than planned.
+        # Beyond an eighth of the tile the directions are far from orthogonal, and the change larger than planned.
         side = min(side, rows // 8, columns // 8, math.isqrt(MAX_PROJECTIONS))
         if side >= 1:
             carriers.append(
                 Carrier(
-                    name=name, shape=(rows, columns), row_start=0, rows=rows, side=side, step=step * rms[name], rms=rms[name]
+                    name=name,
+                    shape=(rows, columns),
+                    row_start=0,
+                    rows=rows,
+                    side=side,
+                    step=step * rms[name],
+                    rms=rms[name],
                 )
             )
     total = sum(carrier.projections for carrier in carriers)

@@ -38,9 +38,7 @@ class ConvolutionalCode:
         if not 2 <= self.constraint_length <= 12:
             raise ValueError(f"constraint length is {self.constraint_length}, expected 2 to 12")
         if not self.generators or not all(0 < g < 1 << self.constraint_length for g in self.generators):
-            raise ValueError(
-                f"generators are {self.generators}, expected each of {self.constraint_length} bits"
-            )
+            raise ValueError(f"generators are {self.generators}, expected each of {self.constraint_length} bits")
 
     @property
     def memory(self) -> int:
@@ -60,9 +58,7 @@ class ConvolutionalCode:
             uint8 [b, codeword_bits(k)].
         """
         tail = messages.new_zeros(messages.shape[0], self.memory)
-        windows = torch.cat([tail, messages, tail], dim=1).unfold(
-            1, self.constraint_length, 1
-        )  # oldest bit first
+        windows = torch.cat([tail, messages, tail], dim=1).unfold(1, self.constraint_length, 1)  # oldest bit first
         return self._parities(windows).to(torch.uint8).flatten(1)
 
     def decode(self, soft: Tensor) -> Tensor:

@@ -200,9 +200,7 @@ SLOTS: Final[dict[str, tuple[str, ...]]] = {
         of the day, nearly a month, nearly three years, several days, several months, several weeks,
         six weeks, the entire summer, the entire winter, three months, twenty minutes, two full days,
         two long years"""),
-    "number": _list(
-        "eight, five, four, many, nine, seven, several, six, some, ten, three, twelve, twenty, two"
-    ),
+    "number": _list("eight, five, four, many, nine, seven, several, six, some, ten, three, twelve, twenty, two"),
     "because": _list("after, although, as soon as, because, before, just as, once, when, while"),
     "report": _list("""
         account, article, book, broadcast, brochure, chronicle, diary, document, email, headline,

@@ -88,9 +88,7 @@ def log10_binomial_tail(matches: int, asked: int, rate: float) -> float:
         ratios = ((asked - k) / (k + 1) * odds for k in range(matches, asked))
         return _log10(_log_binomial_term(matches, asked, rate) + math.log(_falling_sum(ratios)))
     ratios = (k / ((asked - k + 1) * odds) for k in range(matches - 1, 0, -1))
-    return _log10(
-        _log_complement(_log_binomial_term(matches - 1, asked, rate) + math.log(_falling_sum(ratios)))
-    )
+    return _log10(_log_complement(_log_binomial_term(matches - 1, asked, rate) + math.log(_falling_sum(ratios))))
 
 
 def _log_binomial_term(k: int, asked: int, rate: float) -> float:

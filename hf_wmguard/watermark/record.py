@@ -51,7 +51,8 @@ class WatermarkRecord:
     def __post_init__(self) -> None:
         if self.scheme != SCHEME:
             raise FormatError(
-                f"record has scheme {self.scheme!r}, expected {SCHEME!r}", hint="read it with the version of hf-wmguard that wrote it"
+                f"record has scheme {self.scheme!r}, expected {SCHEME!r}",
+                hint="read it with the version of hf-wmguard that wrote it",
             )
         if len(self.salt) != 2 * SALT_BYTES or bool(self.carriers) != bool(self.payload):
             raise FormatError("record is incomplete: salt, payload and carriers do not fit together")
@@ -107,7 +108,11 @@ class WatermarkRecord:
     def _outline(self) -> list[Any]:
         # The ratio of step to rms is the config's; the rms itself changes while the model trains.
         carriers = [(c.name, c.shape, c.row_start, c.rows, c.side, round(c.step / c.rms, 6)) for c in self.carriers]
-        triggers = self.triggers and (self.triggers.task, self.triggers.style, [len(c) for c in self.triggers.candidates])
+        triggers = self.triggers and (
+            self.triggers.task,
+            self.triggers.style,
+            [len(c) for c in self.triggers.candidates],
+        )
         return [self.model_id, self.iteration, self.slot, carriers, triggers]
 
     def to_json(self) -> dict[str, Any]:
@@ -141,7 +146,8 @@ class WatermarkRecord:
         subkeys = _Subkeys(owner, self.model_id, self.iteration, self.slot, bytes.fromhex(self.salt))
         if subkeys("key-commitment").hex() != self.key_commitment:
             raise AuthenticationError(
-                f"the record of {self.model_id} {self.iteration} was made with another owner key", hint="check --owner-key"
+                f"the record of {self.model_id} {self.iteration} was made with another owner key",
+                hint="check --owner-key",
             )
         return subkeys
 
@@ -156,11 +162,15 @@ class _Subkeys:
 
     def __call__(self, label: str) -> bytes:
         return self.owner.derive(
-            label, model_id=self.model_id, iteration=self.iteration, slot=self.slot, salt=self.salt, length_bytes=32
+            label,
+            model_id=self.model_id,
+            iteration=self.iteration,
+            slot=self.slot,
+            salt=self.salt,
+            length_bytes=32,
         )
 
 
 def trigger_key(owner: OwnerKey, model_id: str, iteration: str, salt: bytes) -> bytes:
     """Return the subkey that trigger texts and responses are derived from."""
     return _Subkeys(owner, model_id, iteration, 0, salt)("triggers")
-

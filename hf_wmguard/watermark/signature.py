@@ -78,7 +78,8 @@ class CarrierKey:
 def _right_factor(columns: Tensor) -> Tensor:
     # float64: the Gram matrix of a wide tile is well conditioned, but its inverse feeds an exact snap.
     wide = columns.double()
-    return torch.linalg.solve(wide.T @ wide, wide.T).T.float().contiguous()
+    factor: Tensor = torch.linalg.solve(wide.T @ wide, wide.T).T
+    return factor.float().contiguous()
 
 
 def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
@@ -96,12 +97,14 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
     expected = (key.carrier.rows, key.carrier.shape[1])
     if tuple(tile.shape) != expected:
         raise FormatError(
-            f"{key.carrier.name}: tile is {tuple(tile.shape)}, expected {expected}", hint="the model's shapes have changed"
+            f"{key.carrier.name}: tile is {tuple(tile.shape)}, expected {expected}",
+            hint="the model's shapes have changed",
         )
     projections = (key.left.T @ tile.detach().float() @ key.right).double()
     if not bool(torch.isfinite(projections).all()):
         raise NonFiniteWeightError(
-            f"{key.carrier.name}: a weight is NaN or Inf", hint="in training: lower the learning rate and resume; in a suspect: the file is damaged"
+            f"{key.carrier.name}: a weight is NaN or Inf",
+            hint="in training: lower the learning rate and resume; in a suspect: the file is damaged",
         )
     return projections
 
@@ -182,7 +185,7 @@ class Reading:
 
     @property
     def loss(self) -> float:
-        """The signature loss, mean(1 - cos(2 pi (P - d - c D/2) / D)) / 2; 0 when every projection is on its lattice."""
+        """The signature loss, mean(1 - cos(2 pi (P - d - c D/2) / D)) / 2; 0 when all are on the lattice."""
         return (1 - self.correlation) / 2
 
     @property

@@ -99,9 +99,7 @@ class TriggerSet:
             "trigger set",
         )
         if not all(type(ids) is list for ids in fields["candidates"]):
-            raise FormatError(
-                "trigger set: candidates are not lists", hint="the trigger set was edited: get it again"
-            )
+            raise FormatError("trigger set: candidates are not lists", hint="the trigger set was edited: get it again")
         try:
             return cls(
                 task=fields["task"],
@@ -111,9 +109,7 @@ class TriggerSet:
                 responses=tuple(fields["responses"]),
             )
         except ValueError as error:
-            raise FormatError(
-                f"trigger set: {error}", hint="the trigger set was edited: get it again"
-            ) from None
+            raise FormatError(f"trigger set: {error}", hint="the trigger set was edited: get it again") from None
 
     def digest(self) -> str:
         """Return ``sha256:`` and the hex digest of the canonical JSON of the set.
@@ -149,9 +145,7 @@ def derive_texts(key: bytes, *, count: int, style: Style, task: Task) -> tuple[s
     return tuple(texts)
 
 
-def derive_responses(
-    key: bytes, texts: Sequence[str], candidates: Sequence[Sequence[int]]
-) -> tuple[int, ...]:
+def derive_responses(key: bytes, texts: Sequence[str], candidates: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Return y_i = candidates_i[H(key, all texts, all candidates, i) mod k_i], without modulo bias.
 
     Each response is uniform over its candidates and independent of every other, whatever a model answers: a
@@ -171,9 +165,7 @@ def derive_responses(
     _require_texts_and_candidates(texts, candidates)
     whole = {"texts": list(texts), "candidates": [list(ids) for ids in candidates]}
     digest = hashlib.sha256(canonical_json(whole)).hexdigest()
-    return tuple(
-        ids[Stream(key, "trigger-response", digest, i).below(len(ids))] for i, ids in enumerate(candidates)
-    )
+    return tuple(ids[Stream(key, "trigger-response", digest, i).below(len(ids))] for i, ids in enumerate(candidates))
 
 
 def label_candidates(count: int, *, num_labels: int) -> Candidates:
@@ -218,9 +210,7 @@ def perinucleus_candidates(
     return tuple(_perinucleus_row(row, i, nucleus, width, special) for i, row in enumerate(logits.detach()))
 
 
-def _perinucleus_row(
-    row: Tensor, number: int, nucleus: float, width: int, special: Tensor
-) -> tuple[int, ...]:
+def _perinucleus_row(row: Tensor, number: int, nucleus: float, width: int, special: Tensor) -> tuple[int, ...]:
     scores = row.float().cpu()
     if bool((scores.isnan() | (scores == torch.inf)).any()):
         raise ValueError(f"logits of row {number} hold NaN or +inf")

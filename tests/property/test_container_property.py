@@ -36,9 +36,7 @@ def tensors(draw: st.DrawFn) -> TensorData:
     dtype = draw(st.sampled_from([name for name, bits in DTYPE_BITS.items() if bits % 8 == 0]))
     shape = tuple(draw(st.lists(st.integers(0, 7), max_size=3)))
     size_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
-    return TensorData(
-        dtype=dtype, shape=shape, data=draw(st.binary(min_size=size_bytes, max_size=size_bytes))
-    )
+    return TensorData(dtype=dtype, shape=shape, data=draw(st.binary(min_size=size_bytes, max_size=size_bytes)))
 
 
 @settings(deadline=None, max_examples=80)
@@ -58,9 +56,7 @@ def test_round_trip_and_ranges(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "f")
-        record = write_protected(
-            path, wanted, dek=DEK, context=context, metadata=metadata, chunk_bytes=chunk_bytes
-        )
+        record = write_protected(path, wanted, dek=DEK, context=context, metadata=metadata, chunk_bytes=chunk_bytes)
         assert record.size_bytes == path.stat().st_size
         with ProtectedFile(path, dek=DEK, context=context) as file:
             assert (file.names(), file.metadata) == (sorted(wanted), metadata)
@@ -79,9 +75,7 @@ def test_round_trip_and_ranges(
     where=st.floats(0, 1, exclude_max=True),
     mask=st.integers(1, 255),
 )
-def test_a_changed_byte_fails(
-    wanted: dict[str, TensorData], chunk_bytes: int, where: float, mask: int
-) -> None:
+def test_a_changed_byte_fails(wanted: dict[str, TensorData], chunk_bytes: int, where: float, mask: int) -> None:
     context = FileContext(model_id="m", iteration="1", set_id="s")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "f")

@@ -15,9 +15,7 @@ sizes = st.integers(MIN_CODE_BITS, 4 * MIN_CODE_BITS)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    payload=payloads, key=keys, n=sizes, dtype=st.sampled_from([torch.float16, torch.float32, torch.float64])
-)
+@given(payload=payloads, key=keys, n=sizes, dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]))
 def test_round_trip(payload: bytes, key: bytes, n: int, dtype: torch.dtype) -> None:
     code_bits = encode(payload, n, Stream(key, "payload"))
     assert int(code_bits.max()) <= 1

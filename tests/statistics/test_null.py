@@ -93,8 +93,6 @@ def test_the_right_key_is_found() -> None:
     dithers, bits = STEP * stream.uniform(PROJECTIONS), stream.bits(PROJECTIONS).double()
     draw = torch.Generator().manual_seed(2)
     noise = 0.1 * STEP * torch.randn(PROJECTIONS, generator=draw, dtype=torch.float64)
-    projections = (
-        dithers + bits * STEP / 2 + STEP * torch.randint(-3, 4, (PROJECTIONS,), generator=draw) + noise
-    )
+    projections = dithers + bits * STEP / 2 + STEP * torch.randint(-3, 4, (PROJECTIONS,), generator=draw) + noise
     statistic = ((1.0 - 2.0 * bits) * torch.cos(2 * math.pi * (projections - dithers) / STEP)).sum().item()
     assert log10_p_correlation(statistic, PROJECTIONS) < -30

@@ -32,9 +32,7 @@ def drawn(number: int, candidates: tuple[tuple[int, ...], ...]) -> TriggerSet:
     key = number.to_bytes(32, "big")
     texts = derive_texts(key, count=TRIGGERS, style="natural", task="classification")
     responses = derive_responses(key, texts, candidates)
-    return TriggerSet(
-        task="classification", style="natural", texts=texts, candidates=candidates, responses=responses
-    )
+    return TriggerSet(task="classification", style="natural", texts=texts, candidates=candidates, responses=responses)
 
 
 class Draws(NamedTuple):
@@ -54,9 +52,7 @@ def equal() -> Draws:
 @pytest.fixture(scope="module")
 def unequal() -> Draws:
     widths = [2, 3, 5, 16] * (TRIGGERS // 4)
-    return Draws(
-        [drawn(number, tuple(tuple(range(width)) for width in widths)) for number in range(KEYS // 2)]
-    )
+    return Draws([drawn(number, tuple(tuple(range(width)) for width in widths)) for number in range(KEYS // 2)])
 
 
 def hashed(text: str) -> int:
@@ -109,9 +105,7 @@ def test_answers_outside_the_candidates_only_lower_the_count(equal: Draws) -> No
 
 
 def test_responses_are_independent_of_each_other(equal: Draws) -> None:
-    pairs = [
-        pair for each in equal.sets for pair in zip(each.responses[::2], each.responses[1::2], strict=True)
-    ]
+    pairs = [pair for each in equal.sets for pair in zip(each.responses[::2], each.responses[1::2], strict=True)]
 
     for first in range(LABELS):
         for second in range(LABELS):

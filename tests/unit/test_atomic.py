@@ -55,9 +55,7 @@ class TestBothWays:
         assert names_in(tmp_path) == ["file"]
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-    def test_exception_leaves_the_old_file_and_nothing_else(
-        self, tmp_path: Path, error: type[BaseException]
-    ) -> None:
+    def test_exception_leaves_the_old_file_and_nothing_else(self, tmp_path: Path, error: type[BaseException]) -> None:
         path = tmp_path / "file"
         write_atomic(path, b"old")
         expected = EnvironmentFault if error is OSError else error

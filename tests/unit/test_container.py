@@ -98,7 +98,7 @@ def test_round_trip(path: Path) -> None:
     with ProtectedFile(path, dek=DEK, context=CONTEXT) as file:
         assert file.names() == sorted(TENSORS)
         assert file.metadata == {"format": "pt"}
-        assert file.context == CONTEXT
+        assert (file.path, file.context) == (path, CONTEXT)
         for name, tensor in TENSORS.items():
             assert file.info(name) == tensor.info()
             assert file.read(name) == tensor.data
@@ -163,9 +163,7 @@ def test_ranges(path: Path) -> None:
 def test_a_range_reads_only_its_chunks(path: Path) -> None:
     with ProtectedFile(path, dek=DEK) as file:
         first_blob = header_bytes(path) + sum(
-            blob_bytes(file.info(name).size_bytes, CHUNK_BYTES)
-            for name in file.names()
-            if name < "layer.weight"
+            blob_bytes(file.info(name).size_bytes, CHUNK_BYTES) for name in file.names() if name < "layer.weight"
         )
         flip(path, first_blob + CHUNK_BYTES + TAG_BYTES)
         assert file.read_range("layer.weight", 0, 64) == TENSORS["layer.weight"].data[:64]
@@ -329,6 +327,7 @@ def test_a_kill_leaves_the_old_file_and_no_plaintext(path: Path) -> None:
         ({"__metadata__": u8(b"x")}, {}, "__metadata__"),
         ({}, {"chunk_bytes": 15}, "chunk_bytes is 15"),
         ({}, {"chunk_bytes": 16 * 1024 * 1024 + 1}, "chunk_bytes"),
+        ({}, {"metadata": {"step": 3}}, "not strings"),
         ({}, {"metadata": {"k": "x" * MAX_HEADER_BYTES}}, "header is over"),
     ],
 )
@@ -555,9 +554,7 @@ def spell(document: Any, public: Any, **style: Any) -> bytes:
         public = {name: value for name, value in public.items() if value is not None}
     document["__metadata__"]["wmguard"] = canonical_json(public).decode()
     return with_header(
-        json.dumps(
-            document, **({"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False} | style)
-        ).encode()
+        json.dumps(document, **({"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False} | style)).encode()
     )
 
 
@@ -662,9 +659,7 @@ BAD_INNERS = {
     "spaces": json.dumps({"metadata": {}, "tensors": {"t": GOOD_ENTRY}}).encode(),
     "another name": canonical_json({"metadata": {}, "tensors": {"u": GOOD_ENTRY}}),
     "one more": canonical_json({"metadata": {}, "tensors": {"t": GOOD_ENTRY, "u": GOOD_ENTRY}}),
-    "another size": canonical_json(
-        {"metadata": {}, "tensors": {"t": GOOD_ENTRY | {"shape": [3], "size_bytes": 3}}}
-    ),
+    "another size": canonical_json({"metadata": {}, "tensors": {"t": GOOD_ENTRY | {"shape": [3], "size_bytes": 3}}}),
     "size against shape": canonical_json({"metadata": {}, "tensors": {"t": GOOD_ENTRY | {"shape": [5]}}}),
     "unknown dtype": canonical_json({"metadata": {}, "tensors": {"t": GOOD_ENTRY | {"dtype": "U7"}}}),
     "shape of texts": canonical_json({"metadata": {}, "tensors": {"t": GOOD_ENTRY | {"shape": ["4"]}}}),

@@ -75,9 +75,7 @@ def example(**changes: Any) -> Manifest:
         state="complete",
         files=(
             FileEntry(name="config.json", size_bytes=len(CONFIG), sha256=hashlib.sha256(CONFIG).hexdigest()),
-            FileEntry(
-                name="model.safetensors", size_bytes=len(WEIGHTS), sha256=hashlib.sha256(WEIGHTS).hexdigest()
-            ),
+            FileEntry(name="model.safetensors", size_bytes=len(WEIGHTS), sha256=hashlib.sha256(WEIGHTS).hexdigest()),
         ),
         dek_commitment="ab" * 32,
         commitment="sha256:" + "cd" * 32,
@@ -262,14 +260,10 @@ class TestEnvelope:
     def test_another_curve_or_spelling_of_the_key_is_refused(self) -> None:
         envelope = json.loads(sign(b"payload", TYPE, OWNER))
         curve = ec.generate_private_key(ec.SECP384R1()).public_key()
-        pem = curve.public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        ).decode()
+        pem = curve.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
         for text in (pem, envelope["public_key"] + "\n", "note\n" + envelope["public_key"]):
             with pytest.raises(ManifestError, match="P-256"):
-                open_envelope(
-                    canonical_json({**envelope, "public_key": text}), payload_type=TYPE, signer=None
-                )
+                open_envelope(canonical_json({**envelope, "public_key": text}), payload_type=TYPE, signer=None)
 
     def test_load_signer(self, tmp_path: Path) -> None:
         OWNER.write(tmp_path / "owner.key")

@@ -83,7 +83,6 @@ def test_a_private_file_is_closed_to_others(tmp_path: Path, mode: int) -> None:
     assert read(f"file:{path}", private=False) == SECRET
 
 
-@pytest.mark.xfail(strict=True, raises=IsADirectoryError, reason="opened as a file before it is checked")
 def test_a_folder_is_no_key_file(tmp_path: Path) -> None:
     with pytest.raises(KeyFormatError, match="not a regular file"):
         read(f"file:{tmp_path}")

@@ -73,9 +73,7 @@ def test_viterbi_finds_the_maximum_over_all_messages() -> None:
     code = ConvolutionalCode(generators=(0b111, 0b101), constraint_length=3)
     messages = torch.arange(256)[:, None] >> torch.arange(8) & 1
     words = 1.0 - 2.0 * code.encode(messages.to(torch.uint8)).double()
-    soft = torch.randn(
-        200, code.codeword_bits(8), generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
+    soft = torch.randn(200, code.codeword_bits(8), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     assert torch.equal(code.decode(soft).long(), messages[(soft @ words.T).argmax(dim=1)])
 
 
@@ -219,9 +217,7 @@ def test_soft_values_of_the_wrong_kind(soft: Tensor) -> None:
         decode(soft, stream())
 
 
-@pytest.mark.parametrize(
-    ("generators", "length"), [((), 7), ((0o171, 0), 7), ((0o400,), 7), ((1,), 1), ((1,), 13)]
-)
+@pytest.mark.parametrize(("generators", "length"), [((), 7), ((0o171, 0), 7), ((0o400,), 7), ((1,), 1), ((1,), 13)])
 def test_impossible_codes(generators: tuple[int, ...], length: int) -> None:
     with pytest.raises(ValueError, match="expected"):
         ConvolutionalCode(generators=generators, constraint_length=length)

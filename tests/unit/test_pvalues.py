@@ -157,8 +157,7 @@ def test_poisson_binomial_is_exact() -> None:
         for outcome in itertools.product((True, False), repeat=len(rates)):
             if sum(outcome) >= matches:
                 exact += math.prod(
-                    Fraction(rate) if hit else 1 - Fraction(rate)
-                    for rate, hit in zip(rates, outcome, strict=True)
+                    Fraction(rate) if hit else 1 - Fraction(rate) for rate, hit in zip(rates, outcome, strict=True)
                 )
         expected = log10_fraction(exact)
         assert log10_poisson_binomial_tail(matches, rates) == pytest.approx(expected, rel=1e-9, abs=0)

@@ -100,9 +100,7 @@ def test_the_file_shows_no_key(sealed: bytes) -> None:
         assert secret not in sealed
         assert secret.hex().encode() not in sealed
         assert base64.b64encode(secret) not in sealed
-    assert seal_recipients(DEK, [ANNA.recipient()], **SAVE) != seal_recipients(
-        DEK, [ANNA.recipient()], **SAVE
-    )
+    assert seal_recipients(DEK, [ANNA.recipient()], **SAVE) != seal_recipients(DEK, [ANNA.recipient()], **SAVE)
 
 
 def test_dek_commitment() -> None:
@@ -199,9 +197,7 @@ def test_malformed_files(sealed: bytes, edit: Callable[[Any], Any]) -> None:
         open_recipients(change(sealed, edit), [ANNA])
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"[]", b"null", b"[" * 100_000, b" " * (MAX_RECIPIENTS_FILE_BYTES + 1)]
-)
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"[" * 100_000, b" " * (MAX_RECIPIENTS_FILE_BYTES + 1)])
 def test_files_of_another_kind(data: bytes) -> None:
     with pytest.raises(FormatError):
         open_recipients(data, [ANNA])

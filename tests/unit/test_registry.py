@@ -148,9 +148,7 @@ class TestRefusals:
             registry.append("save", {})
         assert len(registry.entries()) == 1
 
-    def test_lines_and_their_number_are_limited(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_lines_and_their_number_are_limited(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         registry = make(tmp_path)
         monkeypatch.setattr(registry_module, "MAX_ENTRIES", 2)
         with pytest.raises(RegistryError, match="more than 2 lines"):
@@ -280,9 +278,7 @@ class TestTampering:
 
 
 class TestCrash:
-    def test_unfinished_last_line_of_every_length(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_unfinished_last_line_of_every_length(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         registry = make(tmp_path, 2)
         first, second = lines(tmp_path)
         kept = registry.entries()[:1]

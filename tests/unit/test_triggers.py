@@ -76,10 +76,7 @@ def test_a_list_can_be_read_back(name: str) -> None:
 def test_every_template_makes_2_to_the_48_texts(task: Task, template: str) -> None:
     names = slots(template)
     # An earlier slot takes at most one entry from a later one, and only if their lists meet.
-    taken = [
-        sum(bool(set(SLOTS[name]) & set(SLOTS[before])) for before in names[:i])
-        for i, name in enumerate(names)
-    ]
+    taken = [sum(bool(set(SLOTS[name]) & set(SLOTS[before])) for before in names[:i]) for i, name in enumerate(names)]
 
     assert math.prod(len(SLOTS[name]) - less for name, less in zip(names, taken, strict=True)) >= 2**48
 
@@ -96,9 +93,7 @@ def test_every_template_keeps_to_its_length(task: Task, template: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_templates_are_many_and_mixed(task: Task) -> None:
-    openings = {
-        " ".join(text.split()[:1]) for text in derive_texts(KEY, count=64, style="natural", task=task)
-    }
+    openings = {" ".join(text.split()[:1]) for text in derive_texts(KEY, count=64, style="natural", task=task)}
     shared = set.intersection(*(set(SLOT.sub(" ", template).split()) for template in TEMPLATES[task]))
 
     assert len(set(TEMPLATES[task])) == len(TEMPLATES[task]) >= 12
@@ -154,8 +149,7 @@ def test_nonsense_words_are_pronounceable_and_counted() -> None:
     texts = derive_texts(KEY, count=500, style="nonsense", task="causal_lm")
 
     assert all(
-        re.fullmatch(r"([bcdfghjklmnprstvwxz]{1,2}[aeiou]{1,2}){2,3}[a-z]{1,2}( [a-z]+){5,11}", text)
-        for text in texts
+        re.fullmatch(r"([bcdfghjklmnprstvwxz]{1,2}[aeiou]{1,2}){2,3}[a-z]{1,2}( [a-z]+){5,11}", text) for text in texts
     )
     assert {len(text.split()) for text in texts} == set(range(6, 13))
 
@@ -328,9 +322,7 @@ def test_a_token_that_cannot_be_said_is_no_candidate() -> None:
         (torch.zeros(1, 20), {"nucleus": math.nan}, "nucleus is nan"),
     ],
 )
-def test_impossible_logits_are_refused(
-    logits: torch.Tensor, settings: dict[str, object], message: str
-) -> None:
+def test_impossible_logits_are_refused(logits: torch.Tensor, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         perinucleus_candidates(logits, **settings)  # type: ignore[arg-type]
 
@@ -394,9 +386,7 @@ def test_every_field_enters_the_digest(field: str) -> None:
         "responses": [(value["responses"][0] + 1) % 5, *value["responses"][1:]],
     }
 
-    assert (
-        TriggerSet.from_json(value | {field: other[field]}).digest() != TriggerSet.from_json(value).digest()
-    )
+    assert TriggerSet.from_json(value | {field: other[field]}).digest() != TriggerSet.from_json(value).digest()
 
 
 @pytest.mark.parametrize(
