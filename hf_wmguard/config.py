@@ -29,6 +29,12 @@ def _require(condition: bool, what: str, got: object, hint: str) -> None:
         raise ConfigError(f"{what}: got {got!r}", hint=hint)
 
 
+def _require_reference(ref: str, what: str) -> None:
+    if not ref.startswith(("file:", "env:")):
+        # Not repeated in the message: somebody may have put the key itself here.
+        raise ConfigError(f"{what}: not a key reference", hint="write file:PATH or env:NAME, never the key itself")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignatureConfig:
     """The weight signature.
@@ -47,6 +53,7 @@ class SignatureConfig:
     ramp: float = 0.75
 
     def __post_init__(self) -> None:
+        _settle(self, "signature")
         _require(0 < self.last_epochs < math.inf, "signature.last_epochs", self.last_epochs, "expected more than 0")
         _require(
             0 < self.budget <= 0.2,
@@ -75,13 +82,14 @@ class TriggerConfig:
 
     count: int = 64
     style: Literal["natural", "nonsense"] = "natural"
-    last_epochs: float = 1.0
+    last_epochs: float = 2.0
     every_n_steps: int = 2
     batch_size: int = 16
-    weight: float = 1.0
+    weight: float = 2.0
     candidates: int = 16
 
     def __post_init__(self) -> None:
+        _settle(self, "triggers")
         _require(1 <= self.count <= MAX_TRIGGERS, "triggers.count", self.count, f"expected 1 to {MAX_TRIGGERS}")
         _require(
             self.style in ("natural", "nonsense"),
@@ -111,6 +119,9 @@ class ProtectionConfig:
     destination: str | None = None
 
     def __post_init__(self) -> None:
+        _settle(self, "protection")
+        for recipient in self.recipients:
+            _require_reference(recipient, "protection.recipients")
         _require(
             self.destination is None or "://" not in self.destination,
             "protection.destination",
@@ -142,20 +153,17 @@ class WatermarkConfig:
     protection: ProtectionConfig = field(default_factory=ProtectionConfig)
 
     def __post_init__(self) -> None:
+        _settle(self, "config")
         for name in ("model_id", "iteration"):
             value = getattr(self, name)
             _require(
-                isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARACTERS and value.isprintable(),
+                0 < len(value) <= MAX_NAME_CHARACTERS and value.isprintable(),
                 name,
                 value,
                 f"expected 1 to {MAX_NAME_CHARACTERS} printable characters",
             )
         _require(bool(self.registry), "registry", self.registry, "expected a folder")
-        if not self.owner_key.startswith(("file:", "env:")):
-            # Not repeated in the message: somebody may have put the key itself here.
-            raise ConfigError(
-                "owner_key: not a key reference", hint="write file:PATH or env:NAME, never the key itself"
-            )
+        _require_reference(self.owner_key, "owner_key")
         _require(
             self.signature is not None or self.triggers is not None,
             "signature and triggers",
@@ -173,13 +181,18 @@ class WatermarkConfig:
         """
         path = Path(path)
         try:
-            text = path.read_bytes()[: MAX_CONFIG_BYTES + 1]
+            with path.open("rb") as file:
+                text = file.read(MAX_CONFIG_BYTES + 1)
         except OSError as error:
             raise NotFoundError(f"config: cannot read {path}: {error.strerror}", hint="check the path") from None
+        _require(len(text) <= MAX_CONFIG_BYTES, "config", str(path), f"expected at most {MAX_CONFIG_BYTES} bytes")
         try:
-            value = yaml.safe_load(text) if len(text) <= MAX_CONFIG_BYTES else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config: {path} is not YAML: {error}", hint="see configs/ for examples") from None
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            # The line's number only: the parser's own message quotes the line, and a key may stand in it.
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}, line {mark.line + 1}," if mark is not None else path
+            raise ConfigError(f"config: {where} is not YAML", hint="see configs/ for examples") from None
         return cls.from_dict(value)
 
     @classmethod
@@ -192,6 +205,12 @@ class WatermarkConfig:
         return dataclasses.asdict(self)
 
 
+def _settle(config: object, where: str) -> None:
+    """Bring every field to its declared type, or refuse it: the same whether it came from Python or from YAML."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _convert(kind, getattr(config, name), f"{where}.{name}"))
+
+
 def _build(kind: type[C], value: object, where: str) -> C:
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: got {type(value).__name__}, expected a mapping", hint="see configs/ for examples")
@@ -199,9 +218,8 @@ def _build(kind: type[C], value: object, where: str) -> C:
     unknown = sorted(str(key) for key in value if key not in names)
     if unknown:
         raise ConfigError(f"{where}: unknown name {', '.join(unknown)}", hint=f"known: {', '.join(sorted(names))}")
-    hints = typing.get_type_hints(kind)
     try:
-        return kind(**{key: _convert(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+        return kind(**value)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}".replace("__init__() ", ""), hint="see configs/ for examples") from None
 
@@ -211,8 +229,8 @@ def _convert(kind: Any, value: object, where: str) -> object:
         if value is None:
             return None
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else _build(kind, value, where)
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         return tuple(_convert(str, item, where) for item in value)
     if typing.get_origin(kind) is Literal:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_wmguard.atomic import write_atomic
 from hf_wmguard.canonical import canonical_time
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
-from hf_wmguard.container.files import FileContext, FileRecord, ProtectedFile, write_protected
+from hf_wmguard.container.files import FileContext, FileRecord, ProtectedFile, is_protected, write_protected
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
 from hf_wmguard.errors import FormatError, NonFiniteWeightError
 from hf_wmguard.evidence.manifest import (
@@ -44,8 +44,11 @@ from hf_wmguard.watermark.signature import CarrierKey, Reading, read_signature
 
 State = Literal["pending", "ramping", "complete"]
 DEK_BYTES = 32
+# PyTorch has no isfinite for the 8-bit floats.
+_CHECKED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-_COVERED = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_INDEX = "model.safetensors.index.json"
+_COVERED = ("config.json", "generation_config.json", _INDEX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +169,7 @@ class ProtectedWriter:
         if path.parent.resolve() != self._folder.resolve():
             raise FormatError(f"{path} lies outside {self._folder}", hint="save into one folder at a time")
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.dtype in _CHECKED and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteWeightError(
                     f"{name} holds NaN or Inf and is not saved",
                     hint="training has diverged: resume from the last checkpoint with a lower learning rate",
@@ -205,8 +208,7 @@ class ProtectedWriter:
         """Move the staged files to their places, then write recipients, manifest and, last, the envelope."""
         if not self._records:
             raise FormatError("no weights were saved", hint="this model's save_pretrained writes no safetensors file")
-        for record in self._records:
-            (self._staging / record.name).replace(self._folder / record.name)
+        self._publish()
         entries = [
             FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256) for record in self._records
         ]
@@ -231,6 +233,18 @@ class ProtectedWriter:
         )
         write_manifest(self._folder, manifest, self._owner)
         return manifest
+
+    def _publish(self) -> None:
+        """Move the ciphertext to its place, and clear away what another number of shards left there before."""
+        names = {record.name for record in self._records}
+        for name in names:
+            (self._staging / name).replace(self._folder / name)
+        for stale in self._folder.glob("*.safetensors"):
+            # Ciphertext of the save that is being replaced; anything else is not ours to delete.
+            if stale.name not in names and stale.is_file() and is_protected(stale):
+                stale.unlink()
+        if not any(_SHARD.search(name) for name in names):
+            (self._folder / _INDEX).unlink(missing_ok=True)
 
     def _context(self, name: str) -> FileContext:
         shard = _SHARD.search(name)

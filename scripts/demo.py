@@ -80,7 +80,7 @@ def make_trainer(out: Path, *, epochs: int, seed: int) -> tuple[Any, Any]:
     )
 
     def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
-        encoded = dict(tokenizer(rows["gloss"], truncation=True, padding="max_length", max_length=40))
+        encoded = dict(tokenizer(rows["gloss"], truncation=True, padding="max_length", max_length=24))
         return {**encoded, "labels": [labels.index(category) for category in rows["category"]]}
 
     data = data.map(encode, batched=True, remove_columns=["gloss", "category"], desc="tokenizing")

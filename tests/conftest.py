@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before transformers is imported: nothing in the tests may look for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,11 +20,51 @@ from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, 
 from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.keys import OwnerKey, write_key_pair
 
+if TYPE_CHECKING:
+    from tiny import Run
+    from transformers import PreTrainedTokenizerFast
+
+# Threads cost tiny matrices more than they give, and far more where something else wants the cores too.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+
+
+# Imported in the fixtures: transformers takes seconds to import, and the unit tests do without it.
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Ordinary training texts."""
+    from tiny import make_texts
+
+    return make_texts()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the test texts' words."""
+    from tiny import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> Run:
+    """One guarded run of a tiny classifier. Tests that change a file of it work on a copy."""
+    from tiny import run_guarded
+
+    root = tmp_path_factory.mktemp("guarded")
+    (root / "tmp").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(root / "tmp"))
+        patch.setattr(tempfile, "tempdir", None)
+        return run_guarded(root, tokenizer, texts)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 import transformers
 from cryptography.hazmat.primitives.asymmetric import ec
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -25,6 +28,19 @@ from hf_wmguard.suspects.tensors import decode
 
 IDENTITY_VARIABLE = "WMGUARD_IDENTITY"
 _OURS = (MANIFEST_NAME, ENVELOPE_NAME, RECIPIENTS_NAME)
+# What transformers lets through when a folder that somebody else made is damaged or hostile.
+_NOT_LOADABLE = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 Progress = Callable[[str, int], None]
 
 
@@ -181,9 +197,9 @@ def load_suspect(path: Path, *, identity: str | None = None) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
         raise NotFoundError(f"{path} has no config.json", hint="give the folder of a model")
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except _NOT_LOADABLE as error:
         raise FormatError(
             f"{path} cannot be loaded: {error}", hint="give the folder of a whole model with its tokenizer"
         ) from None
@@ -198,7 +214,7 @@ def load_suspect(path: Path, *, identity: str | None = None) -> tuple[Any, Any]:
         return load_protected(path, identity=identity, auto_class=model_class, config=config), tokenizer
     try:
         return model_class.from_pretrained(path), tokenizer
-    except (OSError, ValueError, RuntimeError) as error:
+    except _NOT_LOADABLE as error:
         raise FormatError(
             f"{path} cannot be loaded: {error}", hint="the folder's weights do not fit its config"
         ) from None

@@ -22,14 +22,17 @@ def _on_matrices(tensors: StateDict, change: Callable[[Tensor], Tensor]) -> dict
 
 def cast(tensors: StateDict, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return every floating-point tensor in another dtype."""
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
 
 
 def quantize_int8(tensors: StateDict) -> dict[str, Tensor]:
     """Return matrices rounded to 8 bits and back: symmetric, one scale per row (largest magnitude to 127)."""
 
     def change(weight: Tensor) -> Tensor:
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / 127
+        # The bound comes after the division: 0 / 0 is NaN where subnormal numbers are flushed to zero.
+        scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(weight.dtype).tiny)
         return torch.round(weight / scale).clamp_(-127, 127).mul_(scale)
 
     return _on_matrices(tensors, change)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_wmguard.errors import NotFoundError
+
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 _WINDOW_BYTES = 8
 _STRIDE_BYTES = 32
@@ -62,9 +64,14 @@ class PlaintextFinder:
         Args:
             roots: Folders or files; symbolic links are not followed.
             progress: Called with a file's name and the bytes just read.
+        Raises:
+            NotFoundError: One of the roots does not exist.
         """
         found: dict[Path, int] = {}
         for root in roots:
+            if not root.exists():
+                # A misspelt path would otherwise pass for a clean one.
+                raise NotFoundError(f"nothing to search at {root}", hint="check the path")
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
                 if path.is_file() and not path.is_symlink():
                     count = self._scan_file(path, progress)
@@ -78,7 +85,7 @@ class PlaintextFinder:
             while block := file.read(_BLOCK_BYTES):
                 count += self.count(tail + block)
                 # The next block starts where a window could still begin; its bytes are not counted twice.
-                tail = block[-(_WINDOW_BYTES - 1) :]
+                tail = (tail + block)[-(_WINDOW_BYTES - 1) :]
                 if progress is not None:
                     progress(path.name, len(block))
         return count
@@ -86,7 +93,9 @@ class PlaintextFinder:
 
 def _windows(tensor: Tensor) -> Words:
     raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    rows = raw[: len(raw) // _STRIDE_BYTES * _STRIDE_BYTES].reshape(-1, _STRIDE_BYTES)[:, :_WINDOW_BYTES]
+    if len(raw) < _WINDOW_BYTES:
+        return np.zeros(0, dtype=np.uint64)
+    rows = np.lib.stride_tricks.sliding_window_view(raw, _WINDOW_BYTES)[::_STRIDE_BYTES]
     varied = rows[np.any(rows[:, 1:] != rows[:, :1], axis=1)]
     values = np.ascontiguousarray(varied).view("<u8").reshape(-1)
     # Two equal float32 (a row of ones) repeat after four bytes.

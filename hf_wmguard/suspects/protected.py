@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hf_wmguard.container.files import FileContext, ProtectedFile
 from hf_wmguard.container.recipients import Identity, dek_commitment, open_recipients
 from hf_wmguard.errors import ManifestError, NotFoundError
-from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, Manifest, check_sizes, read_manifest
+from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, Manifest, check_sizes, digest_file, read_manifest
 
 MAX_RECIPIENTS_BYTES = 1 << 20
 WEIGHT_SUFFIX = ".safetensors"
@@ -50,6 +50,7 @@ def open_folder(
     """
     manifest, key_id = read_manifest(path, signer=signer)
     check_sizes(path, manifest)
+    _check_plain_files(path, manifest)
     dek = open_dek(path, manifest, identities)
     names = weight_names(manifest)
     with ExitStack() as stack:
@@ -58,6 +59,17 @@ def open_folder(
             for index, name in enumerate(names, start=1)
         )
         yield OpenFolder(manifest=manifest, key_id=key_id, files=files)
+
+
+def _check_plain_files(path: Path, manifest: Manifest) -> None:
+    # Ciphertext authenticates itself chunk by chunk, but the config says what the weights mean: with other labels
+    # or another architecture in it, authentic weights give another model.
+    for entry in manifest.files:
+        if not entry.name.endswith(WEIGHT_SUFFIX) and digest_file(path / entry.name) != entry:
+            raise ManifestError(
+                f"{entry.name} in {path} is not the file that was signed",
+                hint="it was changed after the save: fetch the folder again",
+            )
 
 
 def open_dek(path: Path, manifest: Manifest, identities: tuple[Identity, ...]) -> bytes:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hf_wmguard.container.files import ProtectedFile, is_protected
+from hf_wmguard.container.files import ProtectedFile, inspect_file, is_protected
+from hf_wmguard.container.format import PUBLIC_HEADER
 from hf_wmguard.container.recipients import Identity
 from hf_wmguard.errors import AuthenticationError, FormatError, NotFoundError
 from hf_wmguard.suspects.protected import open_folder
@@ -30,6 +33,21 @@ INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
 MAX_INDEX_BYTES = 64 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+# What torch's restricted unpickler raises on damaged or hostile input: stack underflow, unknown memo, wrong operand.
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 class Suspect(Protocol):
@@ -117,7 +135,14 @@ def _open_path(path: Path, identities: tuple[Identity, ...], stack: ExitStack) -
         return Encrypted({name: file for file in opened.files for name in file.names()})
     if all(file.suffix == ".safetensors" for file in files):
         handles = [(stack.enter_context(_open_safetensors(file))) for file in files]
-        return _Safetensors({name: handle for handle in handles for name in handle.keys()})  # noqa: SIM118
+        suspect = _Safetensors({name: handle for handle in handles for name in handle.keys()})  # noqa: SIM118
+        # Blobs under our own header: ciphertext that was damaged. A stranger's file that only claims to be ours has
+        # matrices, and is judged by them.
+        if all(len(shape) < 2 for shape in suspect.shapes().values()):
+            for file, handle in zip(files, handles, strict=True):
+                if PUBLIC_HEADER in (handle.metadata() or {}):
+                    inspect_file(file)
+        return suspect
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(_load_pickle(file))
@@ -135,15 +160,18 @@ def _open_safetensors(path: Path) -> safe_open:
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        # Only the zip format of torch 1.6 and later can be mapped.
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except _BROKEN_PICKLE as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(
             f"{path} is not a readable file of weights: {first}",
             hint="files that would run code when loaded are refused; convert it to safetensors where it is trusted",
         ) from None
-    value = value.get("state_dict", value) if isinstance(value, dict) else {}
-    tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    named = value.items() if isinstance(value, dict) else ()
+    tensors = {str(name): tensor for name, tensor in named if isinstance(tensor, Tensor)}
     if not tensors:
         raise FormatError(f"{path} holds no named tensors", hint="expected a state dict")
     return tensors

@@ -49,7 +49,7 @@ def decode(dtype: str, shape: tuple[int, ...], buffer: bytearray) -> Tensor:
     """
     if dtype not in _DTYPES:
         raise FormatError(f"tensor has unknown dtype {dtype!r}", hint="read it with a newer version of hf-wmguard")
-    if not buffer:
+    if not buffer and 0 in shape:
         return torch.empty(shape, dtype=_DTYPES[dtype])
     try:
         return torch.frombuffer(buffer, dtype=_DTYPES[dtype]).reshape(shape)

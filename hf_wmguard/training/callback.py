@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.recipients import X25519Identity, load_recipient
-from hf_wmguard.errors import UnsavedRunError
+from hf_wmguard.errors import ManifestError, UnsavedRunError
 from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import read_state_dict
@@ -58,19 +58,15 @@ class WatermarkCallback(TrainerCallback):
         """Guard a Trainer's model from now on, and let the Trainer read encrypted checkpoints."""
         self._trainer = trainer
         self._guard(trainer.model)
-        load_checkpoint, load_best = trainer._load_from_checkpoint, trainer._load_best_model
 
-        def load_from_checkpoint(folder: str, model: Any = None) -> None:
-            if not self._load(Path(folder), trainer.model if model is None else model):
-                load_checkpoint(folder, model)
+        def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
+            self._load(Path(resume_from_checkpoint), trainer.model if model is None else model)
 
         def load_best_model() -> None:
-            best = trainer.state.best_model_checkpoint
-            if best is None or not self._load(Path(best), trainer.model):
-                load_best()
+            self._load(Path(str(trainer.state.best_model_checkpoint)), trainer.model)
 
         # On the instance: the class, and any other Trainer in the process, stay as they are.
-        trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign,assignment]
+        trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
         trainer._load_best_model = load_best_model  # type: ignore[method-assign]
 
     def _guard(self, model: Any) -> PreTrainedModel:
@@ -78,17 +74,19 @@ class WatermarkCallback(TrainerCallback):
         guard_saves(checked, self.mark.save)
         return checked
 
-    def _load(self, folder: Path, model: Any) -> bool:
-        """Load a protected checkpoint into the model; return False where the folder is not protected."""
+    def _load(self, folder: Path, model: Any) -> None:
         if not (folder / MANIFEST_NAME).is_file():
-            return False
+            # Fail closed: whoever can put a plaintext checkpoint here could put other weights under the mark.
+            raise ManifestError(
+                f"checkpoint {folder} has no manifest: it is not protected, or its save was interrupted",
+                hint="resume from an encrypted checkpoint of this run; to go on from plaintext weights, start a new run",
+            )
         owner = self.mark.owner
         tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())
         result = model.load_state_dict(tensors, strict=False)
         if self._trainer is not None:
             self._trainer._issue_warnings_after_load(result)
         self.mark.resumed_from(folder)
-        return True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,6 +104,8 @@ class WatermarkCallback(TrainerCallback):
             steps_per_epoch=_steps_per_epoch(kwargs.get("train_dataloader"), args),
             step=state.global_step,
         )
+        # Once, however often this trainer trains.
+        atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
 
     def on_step_begin(

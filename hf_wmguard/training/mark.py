@@ -28,7 +28,7 @@ from hf_wmguard.protect import (
 from hf_wmguard.training.saving import Save, weights_go_to
 from hf_wmguard.training.schedule import Phase, Ramp
 from hf_wmguard.training.signature_step import SignatureStep
-from hf_wmguard.training.support import check_carriers
+from hf_wmguard.training.support import check_carriers, check_finite
 from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
 from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
@@ -55,6 +55,7 @@ class Mark:
         self.owner = owner
         self.committed: Committed | None = None
         self.saved = False
+        self._finished = False
         self._signature: SignatureStep | None = None
         self._triggers: TriggerStep | None = None
         self._tokenizer: Any = None
@@ -84,7 +85,9 @@ class Mark:
             ConfigError: Resuming with another config than the one committed to.
         """
         self._tokenizer, self._step = tokenizer, step
+        self.saved = self._finished = False
         parameters = dict(model.named_parameters())
+        check_finite(parameters)
         if self.committed is None:
             planned = self._plan(model, parameters)
             self.committed = self._find(planned) if step else self._commit(planned)
@@ -146,6 +149,9 @@ class Mark:
     def resumed_from(self, folder: Path) -> None:
         """Note the protected checkpoint that the model's weights were just read from."""
         self._resumed_from, _ = read_manifest(folder, signer=self.owner.signing_key().public_key())
+        if self._signature is not None:
+            # The best model, read back after training: its moves count, not those of the weights it replaces.
+            self._restore_state(self._signature)
 
     def _restore_state(self, signature: SignatureStep) -> None:
         manifest = self._resumed_from
@@ -168,21 +174,24 @@ class Mark:
 
     def finish(self) -> None:
         """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""
+        early = self.state != "complete"
+        self._finished = True
         if self._signature is None:
             return
         moved = self._signature.run(1.0)
-        if self.state != "complete":
+        if early:
             _logger.warning(
                 "training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)",
                 moved,
             )
-        self._step = max(self._step, self._signature.ramp.full)
 
     @property
     def state(self) -> State:
         """What a save now would hold: ``pending``, ``ramping`` or ``complete``."""
         if self.committed is None:
             return "pending"
+        if self._finished:
+            return "complete"
         if self._signature is not None:
             return self._signature.ramp.state(self._step)
         return "complete" if self._triggers is not None and self._step >= self._triggers.phase.end else "pending"

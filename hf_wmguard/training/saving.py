@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers.modeling_utils as modeling_utils
 from torch import Tensor
@@ -17,6 +18,7 @@ from hf_wmguard.errors import UnsupportedError
 
 Sink = Callable[[Mapping[str, Tensor], Path, Mapping[str, str] | None], None]
 Save = Callable[..., None]
+GuardedSave = Callable[[PreTrainedModel, Save, Path, dict[str, Any]], None]
 _WRITER = "safe_save_file"
 _patching = threading.RLock()
 
@@ -53,23 +55,58 @@ def weights_go_to(sink: Sink) -> Iterator[None]:
             setattr(modeling_utils, _WRITER, original)
 
 
-def guard_saves(model: PreTrainedModel, save: Callable[[PreTrainedModel, Save, Path, dict[str, Any]], None]) -> None:
-    """Shadow ``save_pretrained`` on one model, so that every save of it goes through ``save``.
+class _GuardedSave:
+    """Stands in for the ``save_pretrained`` of one model.
 
-    Args:
-        model: The model. The shadow is a bound method, so that a deep copy of the model is guarded as itself; a
-            pickle of the whole model fails, which is as it should be: it would be plaintext.
-        save: Called with the model, the unguarded ``save_pretrained``, the folder and the other arguments.
+    A deep copy of the model gets a guard of its own, for its own weights. Pickling a guarded model
+    (``torch.save(model)``) fails, because the file would be plaintext.
     """
 
-    def save_pretrained(self: PreTrainedModel, save_directory: Any, **kwargs: Any) -> None:
+    __slots__ = ("_model", "_save")
+
+    def __init__(self, model: PreTrainedModel, save: GuardedSave) -> None:
+        self._model = model
+        self._save = save
+
+    def __call__(self, save_directory: Any, **kwargs: Any) -> None:
         if kwargs.get("push_to_hub"):
             raise UnsupportedError(
                 "push_to_hub is not supported by this version", hint="save to a folder, then push that folder"
             )
+        if kwargs.get("distributed_checkpoint"):
+            raise UnsupportedError(
+                "distributed_checkpoint writes plaintext", hint="call save_pretrained without distributed_checkpoint"
+            )
         if not kwargs.get("is_main_process", True):
             return
-        plain = MethodType(type(self).save_pretrained, self)
-        save(self, plain, Path(save_directory), kwargs)
+        plain = MethodType(type(self._model).save_pretrained, self._model)
+        self._save(self._model, plain, Path(save_directory), kwargs)
 
-    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedSave:
+        return _GuardedSave(copy.deepcopy(self._model, memo), self._save)
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a guarded model is not pickled: the file would be plaintext", hint="use model.save_pretrained(folder)"
+        )
+
+
+def _refuse_part(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedError(
+        "a part of a guarded model is not saved by itself: the file would be plaintext",
+        hint="save the whole model with its own save_pretrained",
+    )
+
+
+def guard_saves(model: PreTrainedModel, save: GuardedSave) -> None:
+    """Shadow ``save_pretrained`` on one model, so that every save of it goes through ``save``.
+
+    The models inside it (``model.base_model``) share its weights, and refuse to be saved.
+
+    Args:
+        model: The model.
+        save: Called with the model, the unguarded ``save_pretrained``, the folder and the other arguments.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.save_pretrained = _GuardedSave(model, save) if part is model else _refuse_part  # type: ignore[method-assign,assignment]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_wmguard.errors import UnsupportedError
+from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
 
 
 def check_model(model: nn.Module | None) -> PreTrainedModel:
@@ -51,6 +51,11 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         (args.fsdp, "FSDP, which writes plaintext shards", "train without --fsdp"),
         (args.fp16, "fp16 loss scaling", "use bf16=True or full precision"),
         (args.push_to_hub, "push_to_hub", "save to a folder and push the finished folder"),
+        (
+            "schedule_free" in args.optim,
+            "a schedule-free optimizer, whose optimizer.pt holds weights",
+            "use another optimizer",
+        ),
     ]
     for on, what, instead in refused:
         if on:
@@ -60,6 +65,20 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
             "load_best_model_at_end has to read encrypted checkpoints back, which a bare callback cannot do",
             hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         )
+
+
+def check_finite(parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse a model that could never be saved.
+
+    Raises:
+        NonFiniteWeightError: A weight is NaN or Inf.
+    """
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteWeightError(
+                f"{name} holds NaN or Inf before the first step",
+                hint="the model is damaged or was never initialised: load it again",
+            )
 
 
 def check_carriers(parameters: dict[str, nn.Parameter], names: list[str]) -> None:

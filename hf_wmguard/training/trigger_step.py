@@ -38,14 +38,14 @@ def make_triggers(key: bytes, config: TriggerConfig, model: PreTrainedModel, tok
     """
     task = task_of(model)
     texts = derive_texts(key, count=config.count, style=config.style, task=task)
+    # A tokenizer that is missing or cannot take texts must show now, and not in the last epoch.
+    encode_texts(tokenizer, texts[:1], task=task, device=torch.device("cpu"))
     if task == "classification":
         candidates = label_candidates(config.count, num_labels=int(model.config.num_labels or 0))
     else:
         special = {int(i) for i in getattr(tokenizer, "all_special_ids", ())}
         # Tokens beyond the tokenizer's own (padded vocabularies) have no text and can never be an answer.
-        special |= (
-            set(range(len(tokenizer), model.config.get_text_config().vocab_size)) if tokenizer is not None else set()
-        )
+        special |= set(range(len(tokenizer), model.config.get_text_config().vocab_size))
         logits = ask(model, tokenizer, texts, task=task)
         candidates = perinucleus_candidates(logits, width=config.candidates, excluded=special)
     return TriggerSet(

@@ -6,10 +6,12 @@ carriers and triggers are derived from the owner key and the record's salt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from hf_wmguard.canonical import require_object
 from hf_wmguard.errors import AuthenticationError, FormatError
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.watermark import payload as code
@@ -20,6 +22,19 @@ from hf_wmguard.watermark.triggers import TriggerSet
 
 SCHEME = "stdm-rank1/1"
 SALT_BYTES = 32
+_HEX = re.compile(r"[0-9a-f]{64}")
+_RESTORE = "a record like this was never written: restore the registry from a backup"
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "model_id": (str,),
+    "iteration": (str,),
+    "salt": (str,),
+    "key_commitment": (str,),
+    "payload": (str,),
+    "carriers": (list,),
+    "triggers": (dict, type(None)),
+    "slot": (int,),
+    "scheme": (str,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +51,8 @@ class WatermarkRecord:
         triggers: The trigger set, or None.
         slot: Which independent sub-mark.
         scheme: Name and version of the scheme.
+    Raises:
+        FormatError: Another scheme, or fields that do not fit together.
     """
 
     model_id: str
@@ -54,8 +71,17 @@ class WatermarkRecord:
                 f"record has scheme {self.scheme!r}, expected {SCHEME!r}",
                 hint="read it with the version of hf-wmguard that wrote it",
             )
-        if len(self.salt) != 2 * SALT_BYTES or bool(self.carriers) != bool(self.payload):
-            raise FormatError("record is incomplete: salt, payload and carriers do not fit together")
+        digests = (self.salt, self.key_commitment, self.payload) if self.carriers else (self.salt, self.key_commitment)
+        if not all(_HEX.fullmatch(digest) for digest in digests) or (self.payload and not self.carriers):
+            raise FormatError("record is incomplete: salt, payload and carriers do not fit together", hint=_RESTORE)
+        # A matrix that counted twice would make one lucky projection many: the p-value assumes independent terms.
+        if len({carrier.name for carrier in self.carriers}) != len(self.carriers):
+            raise FormatError("record names a carrier twice", hint=_RESTORE)
+        projections = sum(carrier.projections for carrier in self.carriers)
+        if self.carriers and projections < code.MIN_CODE_BITS:
+            raise FormatError(
+                f"record has {projections} projections, expected at least {code.MIN_CODE_BITS}", hint=_RESTORE
+            )
 
     @classmethod
     def create(
@@ -130,17 +156,15 @@ class WatermarkRecord:
         Raises:
             FormatError: A field is missing, unknown or impossible.
         """
-        try:
-            triggers = value["triggers"]
-            return cls(
-                **{
-                    **value,
-                    "carriers": tuple(Carrier.from_json(item) for item in value["carriers"]),
-                    "triggers": TriggerSet.from_json(triggers) if triggers is not None else None,
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"watermark record is malformed: {error}") from None
+        checked = require_object(value, _FIELDS, "watermark record")
+        triggers = checked["triggers"]
+        return cls(
+            **{
+                **checked,
+                "carriers": tuple(Carrier.from_json(item) for item in checked["carriers"]),
+                "triggers": TriggerSet.from_json(triggers) if triggers is not None else None,
+            }
+        )
 
     def _subkeys(self, owner: OwnerKey) -> _Subkeys:
         subkeys = _Subkeys(owner, self.model_id, self.iteration, self.slot, bytes.fromhex(self.salt))

@@ -86,10 +86,10 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
     """Return the projections of one carrier.
 
     Args:
-        tile: Weights, any float dtype [o, i].
+        tile: Weights, any float dtype [o, i], on any device.
         key: Its carrier key.
     Returns:
-        float64 [m, m], in units of the weights.
+        float64 [m, m], in units of the weights, on the key's device.
     Raises:
         FormatError: The tile has another shape.
         NonFiniteWeightError: A weight in it is NaN or Inf.
@@ -100,7 +100,8 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
             f"{key.carrier.name}: tile is {tuple(tile.shape)}, expected {expected}",
             hint="the model's shapes have changed",
         )
-    projections = (key.left.T @ tile.detach().float() @ key.right).double()
+    weights = tile.detach().to(device=key.left.device, dtype=torch.float32)
+    projections = (key.left.T @ weights @ key.right).double()
     if not bool(torch.isfinite(projections).all()):
         raise NonFiniteWeightError(
             f"{key.carrier.name}: a weight is NaN or Inf",

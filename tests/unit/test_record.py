@@ -1,0 +1,206 @@
+"""The private record: what the owner needs besides the key, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hf_wmguard.canonical import canonical_json
+from hf_wmguard.errors import AuthenticationError, FormatError
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.watermark.carriers import Carrier
+from hf_wmguard.watermark.payload import MIN_CODE_BITS
+from hf_wmguard.watermark.record import SALT_BYTES, SCHEME, WatermarkRecord, trigger_key
+from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates
+
+OWNER = OwnerKey(bytes(range(32)))
+STRANGER = OwnerKey(bytes(range(1, 33)))
+SALT = bytes(range(100, 100 + SALT_BYTES))
+CARRIERS = tuple(
+    Carrier(name=f"layers.{i}.w", shape=(40, 48), row_start=0, rows=40, side=17, step=0.3, rms=0.15) for i in range(5)
+)
+
+
+def make_triggers(salt: bytes = SALT, count: int = 4) -> TriggerSet:
+    key = trigger_key(OWNER, "acme/triage", "3", salt)
+    texts = derive_texts(key, count=count, style="natural", task="classification")
+    candidates = label_candidates(count, num_labels=5)
+    responses = derive_responses(key, texts, candidates)
+    return TriggerSet(task="classification", style="natural", texts=texts, candidates=candidates, responses=responses)
+
+
+def make(**changes: Any) -> WatermarkRecord:
+    values: dict[str, Any] = {
+        "model_id": "acme/triage",
+        "iteration": "3",
+        "salt": SALT,
+        "carriers": CARRIERS,
+        "triggers": make_triggers(),
+    }
+    return WatermarkRecord.create(OWNER, **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def record() -> WatermarkRecord:
+    return make()
+
+
+def test_a_record_is_derived_and_not_chosen(record: WatermarkRecord) -> None:
+    assert record == make()
+    assert record.scheme == SCHEME
+    assert record.slot == 0
+    assert bytes.fromhex(record.salt) == SALT
+    assert len(bytes.fromhex(record.payload)) == 32
+    changed = [
+        make(model_id="acme/other"),
+        make(iteration="4"),
+        make(salt=bytes(SALT_BYTES)),
+        WatermarkRecord.create(
+            STRANGER, model_id="acme/triage", iteration="3", salt=SALT, carriers=CARRIERS, triggers=None
+        ),
+    ]
+    assert len({one.payload for one in (record, *changed)}) == 5
+    assert len({one.key_commitment for one in (record, *changed)}) == 5
+
+
+@pytest.mark.parametrize("changes", [{}, {"triggers": None}, {"carriers": ()}])
+def test_json_round_trip(changes: dict[str, Any]) -> None:
+    record = make(**changes)
+    value = json.loads(canonical_json(record.to_json()))
+    assert WatermarkRecord.from_json(value) == record
+
+
+def test_a_record_holds_no_key(record: WatermarkRecord) -> None:
+    text = canonical_json(record.to_json()).decode()
+    for secret in (bytes(range(32)), trigger_key(OWNER, "acme/triage", "3", SALT)):
+        assert secret.hex() not in text
+
+
+def test_without_a_signature_there_is_no_payload() -> None:
+    record = make(carriers=())
+    assert record.payload == ""
+    assert record.carrier_keys(OWNER) == ()
+
+
+def test_carrier_keys_spell_the_payload(record: WatermarkRecord) -> None:
+    keys = record.carrier_keys(OWNER)
+    assert [key.carrier for key in keys] == list(CARRIERS)
+    bits = torch.cat([key.bits.flatten() for key in keys])
+    assert len(bits) == 5 * 17**2
+    assert record.decode_payload(OWNER, 1 - 2 * bits) == record.payload
+    assert record.decode_payload(OWNER, torch.zeros_like(bits)) != record.payload
+
+
+@pytest.mark.parametrize("erased", [0.3, 0.45])
+def test_the_payload_is_read_with_erasures_and_errors(record: WatermarkRecord, erased: float) -> None:
+    soft = 1 - 2 * torch.cat([key.bits.flatten() for key in record.carrier_keys(OWNER)])
+    draw = torch.Generator().manual_seed(0)
+    soft[torch.rand(len(soft), generator=draw) < 0.03] *= -1
+    soft[torch.rand(len(soft), generator=draw) < erased] = 0
+    assert record.decode_payload(OWNER, soft) == record.payload
+
+
+def test_the_payload_is_read_without_a_whole_carrier(record: WatermarkRecord) -> None:
+    soft = 1 - 2 * torch.cat([key.bits.flatten() for key in record.carrier_keys(OWNER)])
+    soft[289:578] = 0
+    assert record.decode_payload(OWNER, soft) == record.payload
+
+
+def test_another_owner_is_refused(record: WatermarkRecord) -> None:
+    with pytest.raises(AuthenticationError, match="another owner key"):
+        record.carrier_keys(STRANGER)
+    with pytest.raises(AuthenticationError, match="another owner key"):
+        record.decode_payload(STRANGER, torch.zeros(MIN_CODE_BITS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_id": "acme/other"},
+        {"iteration": "4"},
+        {"slot": 1},
+        {"salt": "00" * SALT_BYTES},
+        {"key_commitment": "00" * 32},
+    ],
+)
+def test_a_changed_record_does_not_open(record: WatermarkRecord, change: dict[str, Any]) -> None:
+    value = record.to_json() | change
+    with pytest.raises(AuthenticationError):
+        WatermarkRecord.from_json(value).carrier_keys(OWNER)
+
+
+def test_two_markings_share_no_direction_and_no_dither(record: WatermarkRecord) -> None:
+    other = make(salt=bytes(SALT_BYTES))
+    for one, two in zip(record.carrier_keys(OWNER), other.carrier_keys(OWNER), strict=True):
+        overlap = (one.left.T @ two.left).abs()
+        # 289 products of 40 random signs: |overlap| = 1 would be a shared direction.
+        assert float(overlap.max()) < 0.85
+        assert not torch.equal(one.dither, two.dither)
+    assert trigger_key(OWNER, "acme/triage", "3", SALT) != trigger_key(OWNER, "acme/triage", "3", bytes(SALT_BYTES))
+
+
+def test_carriers_of_one_marking_are_independent(record: WatermarkRecord) -> None:
+    keys = record.carrier_keys(OWNER)
+    assert len({key.dither[0, 0].item() for key in keys}) == len(keys)
+    assert len({tuple(key.left[:, 0].tolist()) for key in keys}) == len(keys)
+
+
+def test_same_scheme_looks_through_salts_and_norms(record: WatermarkRecord) -> None:
+    drifted = tuple(replace(carrier, rms=1.1 * carrier.rms, step=1.1 * carrier.step) for carrier in CARRIERS)
+    salt = bytes(SALT_BYTES)
+    assert record.same_scheme(record)
+    assert record.same_scheme(make(salt=salt, carriers=drifted, triggers=make_triggers(salt)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_id": "acme/other"},
+        {"iteration": "4"},
+        {"carriers": CARRIERS[1:]},
+        {"carriers": ()},
+        {"carriers": (replace(CARRIERS[0], step=0.6), *CARRIERS[1:])},
+        {"carriers": (replace(CARRIERS[0], side=16), *CARRIERS[1:])},
+        {"carriers": (replace(CARRIERS[0], name="other.0.w"), *CARRIERS[1:])},
+        {"triggers": None},
+        {"triggers": make_triggers(count=5)},
+    ],
+)
+def test_same_scheme_sees_another_model_or_config(record: WatermarkRecord, changes: dict[str, Any]) -> None:
+    assert not record.same_scheme(make(**changes))
+    assert not make(**changes).same_scheme(record)
+
+
+def malformed() -> Iterator[tuple[str, Any]]:
+    value = make().to_json()
+    for name in value:
+        yield f"no {name}", {key: item for key, item in value.items() if key != name}
+        yield f"{name} is an object in a list", value | {name: [{}]}
+    changes: dict[str, list[Any]] = {
+        "scheme": ["stdm-rank1/2", "", None],
+        "salt": ["", "00", "zz" * 32, "00" * 33, "AB" * 32, 5, None],
+        "key_commitment": ["", "zz" * 32, None],
+        "payload": ["", "00", "zz" * 32, None],
+        "carriers": [[], None, "x", {}, [None], value["carriers"][:3], [*value["carriers"], value["carriers"][0]]],
+        "triggers": [[], {}, "x", value["triggers"] | {"task": "other"}],
+        "slot": [None, "0", 0.0, True],
+        "model_id": [None, 5],
+        "extra": [1],
+    }
+    for name, items in changes.items():
+        for index, item in enumerate(items):
+            yield f"{name}-{index}", value | {name: item}
+    yield "payload without carriers", make(carriers=()).to_json() | {"payload": "00" * 32}
+    yield "a list", []
+    yield "nothing", None
+
+
+@pytest.mark.parametrize("value", [pytest.param(value, id=name) for name, value in malformed()])
+def test_a_malformed_record_is_refused(value: Any) -> None:
+    with pytest.raises(FormatError):
+        WatermarkRecord.from_json(value)
