@@ -21,7 +21,7 @@ from hf_wmguard.canonical import canonical_time
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
 from hf_wmguard.container.files import FileContext, FileRecord, ProtectedFile, is_protected, write_protected
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
-from hf_wmguard.errors import FormatError, NonFiniteWeightError
+from hf_wmguard.errors import FormatError, NonFiniteWeightError, UnsupportedError
 from hf_wmguard.evidence.manifest import (
     RECIPIENTS_NAME,
     STAGING_PREFIX,
@@ -72,7 +72,10 @@ class Committed:
         """
         record, digest = entry.body.get("record"), entry.body.get("commitment")
         if not isinstance(record, dict) or commitment_digest(record) != digest:
-            raise FormatError(f"registry entry {entry.hash} does not hold the record it commits to")
+            raise FormatError(
+                f"registry entry {entry.hash} does not hold the record it commits to",
+                hint="an entry like this was never written: restore the registry from a backup",
+            )
         return cls(record=WatermarkRecord.from_json(record), entry=entry)
 
 
@@ -85,11 +88,18 @@ def choose_carriers(parameters: Mapping[str, nn.Parameter], config: SignatureCon
     Raises:
         CapacityError: The model is too small for the payload at this budget.
         NonFiniteWeightError: A weight is NaN or Inf, or a whole matrix is zero.
+        UnsupportedError: All matrices that could carry are frozen.
     """
     shapes: dict[str, tuple[int, int]] = {}
     rms: dict[str, float] = {}
-    for name, parameter in parameters.items():
-        if parameter.requires_grad and is_carrier(name, tuple(parameter.shape)):
+    fit = {name: one for name, one in parameters.items() if is_carrier(name, tuple(one.shape))}
+    if fit and not any(parameter.requires_grad for parameter in fit.values()):
+        raise UnsupportedError(
+            f"all {len(fit)} matrices that could carry the signature are frozen",
+            hint="train some of them, or pass signature=None to mark with triggers only",
+        )
+    for name, parameter in fit.items():
+        if parameter.requires_grad:
             value = float(torch.linalg.vector_norm(parameter.detach().float())) / parameter.numel() ** 0.5
             if not 0 < value < float("inf"):
                 raise NonFiniteWeightError(

@@ -90,9 +90,8 @@ def make_trainer(out: Path, *, epochs: int, seed: int) -> tuple[Any, Any]:
         args=TrainingArguments(
             output_dir=str(out),
             num_train_epochs=epochs,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             per_device_eval_batch_size=128,
-            learning_rate=2e-4,
             warmup_steps=40,
             save_strategy="no",
             logging_steps=10,
@@ -104,9 +103,20 @@ def make_trainer(out: Path, *, epochs: int, seed: int) -> tuple[Any, Any]:
         train_dataset=data["train"],
         eval_dataset=data["test"],
         processing_class=tokenizer,
+        optimizers=(make_optimizer(model), None),
         compute_metrics=lambda p: metric.compute(predictions=np.argmax(p.predictions, axis=-1), references=p.label_ids),
     )
     return trainer, base
+
+
+def make_optimizer(model: Any) -> Any:
+    """Return AdamW with a larger learning rate for the new pooler and classifier, which start from nothing."""
+    import torch
+
+    groups: dict[float, list[Any]] = {1e-4: [], 2e-3: []}
+    for name, parameter in model.named_parameters():
+        groups[2e-3 if "classifier" in name or "pooler" in name else 1e-4].append(parameter)
+    return torch.optim.AdamW([{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0)
 
 
 def minilm_folder(package: Any) -> Path:
@@ -253,11 +263,13 @@ def run(out: Path, epochs: int, seed: int, console: Any) -> dict[str, Any]:
 
 def kind_of_step(step: int, max_steps: int, epochs: int, config: Any) -> str:
     """Return what the guard does in a step: nothing, the signature step alone, or a trigger micro-batch too."""
-    start = max_steps - round(max_steps / epochs * config.signature.last_epochs)
-    if step <= start:
-        return "ordinary"
-    trigger_start = max_steps - round(max_steps / epochs * config.triggers.last_epochs)
-    return "trigger" if (step - trigger_start - 1) % config.triggers.every_n_steps == 0 else "signature"
+    first = {
+        name: max_steps - round(max_steps / epochs * min(epochs, phase.last_epochs)) + 1
+        for name, phase in (("signature", config.signature), ("triggers", config.triggers))
+    }
+    if step >= first["triggers"] and (step - first["triggers"]) % config.triggers.every_n_steps == 0:
+        return "trigger"
+    return "signature" if step >= first["signature"] else "ordinary"
 
 
 def print_table(results: dict[str, Any], console: Any) -> None:

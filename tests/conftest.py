@@ -53,9 +53,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> Run:
+def guarded(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Run:
     """One guarded run of a tiny classifier. Tests that change a file of it work on a copy."""
     from tiny import run_guarded
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -69,6 +70,7 @@ def keygen(
     else:
         _out.print(
             f"{kind.value} key: {out} (keep it secret, back it up)\npublic half: {out}.pub\nid: {public}",
+            markup=False,
             soft_wrap=True,
         )
 
@@ -88,7 +90,7 @@ def verify(
     """Judge a suspect by its weights. Exit 0: detected, 1: not detected or inconclusive."""
     from hf_wmguard.verification import verify as judge
 
-    with _err.status(f"reading {suspect}"):
+    with _err.status(escape(f"reading {suspect}")):
         report = judge(
             suspect,
             owner_key=owner_key,
@@ -116,7 +118,7 @@ def probe(
     from hf_wmguard.loading import load_suspect
     from hf_wmguard.verification import probe as judge
 
-    with _err.status(f"asking {local}"):
+    with _err.status(escape(f"asking {local}")):
         model, tokenizer = load_suspect(local, identity=identity)
         report = judge(
             model,
@@ -152,16 +154,16 @@ def inspect(
     if as_json:
         _print_json(value)
         return
-    table = Table(title=str(protected), show_header=False)
+    table = _table(escape(str(protected)))
     for name in ("model_id", "iteration", "state", "step", "created", "commitment", "commitment_time"):
-        table.add_row(name, str(value[name]))
+        table.add_row(name, escape(str(value[name])))
     table.add_row("signer", f"{key_id}{'' if signer else ' (self-asserted: pin it with --signer)'}")
     for name, number in (value["signature"] or {}).items():
         table.add_row(f"signature.{name}", str(number))
     for name, number in (value["triggers"] or {}).items():
         table.add_row(f"triggers.{name}", str(number))
     for entry in manifest.files:
-        table.add_row(entry.name, f"{entry.size_bytes:,} bytes, sha256 as signed")
+        table.add_row(escape(entry.name), f"{entry.size_bytes:,} bytes, sha256 as signed")
     _out.print(table)
 
 
@@ -183,9 +185,17 @@ def decrypt(
     if as_json:
         _print_json({"out": str(out), "files": [file.name for file in files]})
     else:
-        _err.print(f"[yellow]plaintext weights are now in {out}")
+        _err.print(f"plaintext weights are now in {out}", style="yellow", markup=False, soft_wrap=True)
         for file in files:
-            _out.print(str(file), soft_wrap=True)
+            _out.print(str(file), markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str) -> Table:
+    # Folded, not cut: of a hash that lost its end nothing can be said.
+    table = Table(title=title, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    return table
 
 
 def _print_report(report: Any, as_json: bool) -> None:
@@ -194,10 +204,10 @@ def _print_report(report: Any, as_json: bool) -> None:
         _print_json(value)
     else:
         colour = {"detected": "green", "not_detected": "cyan", "inconclusive": "yellow"}[report.verdict]
-        table = Table(title=f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}", show_header=False)
-        table.add_row("suspect", str(report.suspect["uri"]))
+        table = _table(f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}")
+        table.add_row("suspect", escape(str(report.suspect["uri"])))
         table.add_row("level", f"log10 p <= {report.alpha_log10:g}, corrected for {report.tests_corrected_for} tests")
-        table.add_row("model", f"{report.model_id} {report.iteration}")
+        table.add_row("model", escape(f"{report.model_id} {report.iteration}"))
         for channel in ("signature", "triggers"):
             for name, number in (value[channel] or {}).items():
                 table.add_row(f"{channel}.{name}", f"{number:.4g}" if isinstance(number, float) else str(number))
@@ -213,11 +223,11 @@ def _print_json(value: Any) -> None:
 @contextmanager
 def _progress(total_bytes: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True) as bar:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
         task = bar.add_task("", total=total_bytes)
 
         def advance(name: str, count: int) -> None:
-            bar.update(task, advance=count, description=name[-40:])
+            bar.update(task, advance=count, description=escape(name[-40:]))
 
         yield advance
 

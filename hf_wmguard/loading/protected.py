@@ -201,7 +201,7 @@ def load_suspect(path: Path, *, identity: str | None = None) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _NOT_LOADABLE as error:
         raise FormatError(
-            f"{path} cannot be loaded: {error}", hint="give the folder of a whole model with its tokenizer"
+            f"{path} cannot be loaded: {_reason(error)}", hint="give the folder of a whole model with its tokenizer"
         ) from None
     names = config.architectures or [""]
     model_class = getattr(transformers, names[0], None)
@@ -216,5 +216,10 @@ def load_suspect(path: Path, *, identity: str | None = None) -> tuple[Any, Any]:
         return model_class.from_pretrained(path), tokenizer
     except _NOT_LOADABLE as error:
         raise FormatError(
-            f"{path} cannot be loaded: {error}", hint="the folder's weights do not fit its config"
+            f"{path} cannot be loaded: {_reason(error)}", hint="the folder's weights do not fit its config"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    # One line and not a page: torch's goes on to advise loading the suspect with its code.
+    return " ".join(str(error).split())[:150] or type(error).__name__

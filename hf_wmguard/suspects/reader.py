@@ -210,10 +210,14 @@ def _indexed_files(index: Path) -> tuple[Path, ...]:
         with index.open("rb") as file:
             data = file.read(MAX_INDEX_BYTES + 1)
         names = sorted(set(json.loads(data)["weight_map"].values())) if len(data) <= MAX_INDEX_BYTES else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{index} is not an index of weights: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(
+            f"{index} is not an index of weights: {error}", hint="the file is damaged; fetch it again"
+        ) from None
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise FormatError(f"{index} names no files, or files outside its folder")
+        raise FormatError(
+            f"{index} names no files, or files outside its folder", hint="give the weight files one by one"
+        )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise NotFoundError(f"{index.parent} lacks {', '.join(missing)}", hint="fetch the missing shards")

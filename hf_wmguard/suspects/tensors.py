@@ -54,4 +54,6 @@ def decode(dtype: str, shape: tuple[int, ...], buffer: bytearray) -> Tensor:
     try:
         return torch.frombuffer(buffer, dtype=_DTYPES[dtype]).reshape(shape)
     except (ValueError, RuntimeError) as error:
-        raise FormatError(f"tensor of {len(buffer)} bytes is not {dtype} {shape}: {error}") from None
+        raise FormatError(
+            f"tensor of {len(buffer)} bytes is not {dtype} {shape}: {error}", hint="the file is damaged; fetch it again"
+        ) from None

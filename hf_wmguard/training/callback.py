@@ -79,7 +79,7 @@ class WatermarkCallback(TrainerCallback):
             # Fail closed: whoever can put a plaintext checkpoint here could put other weights under the mark.
             raise ManifestError(
                 f"checkpoint {folder} has no manifest: it is not protected, or its save was interrupted",
-                hint="resume from an encrypted checkpoint of this run; to go on from plaintext weights, start a new run",
+                hint="resume from an encrypted checkpoint of this run, or start a new run from the plaintext weights",
             )
         owner = self.mark.owner
         tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())

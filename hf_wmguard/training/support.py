@@ -74,7 +74,8 @@ def check_finite(parameters: dict[str, nn.Parameter]) -> None:
         NonFiniteWeightError: A weight is NaN or Inf.
     """
     for name, parameter in parameters.items():
-        if not bool(torch.isfinite(parameter).all()):
+        # PyTorch has no isfinite for the 8-bit floats.
+        if parameter.is_floating_point() and parameter.element_size() > 1 and not bool(torch.isfinite(parameter).all()):
             raise NonFiniteWeightError(
                 f"{name} holds NaN or Inf before the first step",
                 hint="the model is damaged or was never initialised: load it again",

@@ -191,7 +191,6 @@ class _Subkeys:
             iteration=self.iteration,
             slot=self.slot,
             salt=self.salt,
-            length_bytes=32,
         )
 
 

@@ -1,11 +1,16 @@
-"""A guarded run is the plain run until the marked phase begins, and committed before it begins."""
+"""A guarded run is the plain run until the marked phase begins, and is committed to before it begins."""
 
 from __future__ import annotations
 
-import torch
-from tiny import FIRST_SIGNATURE_STEP, FIRST_TRIGGER_STEP, STEPS, Run
+import copy
 
-from hf_wmguard.training.callback import WatermarkCallback
+import torch
+from tiny import FIRST_TRIGGER_STEP, STEPS, Run
+from transformers import PreTrainedTokenizerFast
+
+from hf_wmguard.config import TriggerConfig
+from hf_wmguard.training.schedule import Phase
+from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
 
 
 def test_ordinary_steps_are_bit_identical(guarded: Run, plain: Run) -> None:
@@ -15,17 +20,20 @@ def test_ordinary_steps_are_bit_identical(guarded: Run, plain: Run) -> None:
     assert len(guarded.recorder.digests) == STEPS
 
 
-def test_trigger_step_leaves_the_random_numbers_alone(guarded: Run) -> None:
-    callback = next(one for one in guarded.trainer.callback_handler.callbacks if isinstance(one, WatermarkCallback))
-    model = guarded.trainer.model
+def test_trigger_step_adds_a_gradient_and_touches_nothing_else(
+    guarded: Run, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = copy.deepcopy(guarded.trainer.model).eval()
     model.zero_grad()
-    callback.mark._step = FIRST_SIGNATURE_STEP
+    weights = copy.deepcopy(model.state_dict())
+    config = TriggerConfig(count=8, batch_size=8)
+    step = TriggerStep(make_triggers(b"k" * 32, config, model, tokenizer), config, Phase(start=0, end=1), tokenizer)
     before = torch.get_rng_state()
-    callback.mark.before_step(model)
+    step.run(model, 1)
     assert torch.equal(before, torch.get_rng_state())
+    assert not model.training
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters())
-    model.zero_grad()
-    callback.mark._step = STEPS
 
 
 def test_commitment_is_logged_before_the_first_step(guarded: Run) -> None:

@@ -22,6 +22,7 @@ from hf_wmguard.errors import ConfigError, NotFoundError
 
 # Looks like 32 bytes in base64, as somebody would paste it.
 PASTED = "q83vEjRWeJq83vEjRWeJq83vEjRWeJq83vEjRWeJqw8="
+CONFIGS = Path(__file__).parents[2] / "configs"
 BASE: dict[str, Any] = {"model_id": "acme/triage", "owner_key": "file:owner.key", "registry": "registry/"}
 
 
@@ -61,6 +62,12 @@ def test_yaml_round_trip(config: WatermarkConfig, tmp_path: Path) -> None:
     again = read_yaml(tmp_path, yaml.safe_dump(config.to_dict()))
     assert again == config
     assert hash(again) == hash(config)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_read(path: Path) -> None:
+    config = WatermarkConfig.from_yaml(path)
+    assert WatermarkConfig.from_dict(config.to_dict()) == config
 
 
 def test_every_name_stands_in_the_dictionary() -> None:

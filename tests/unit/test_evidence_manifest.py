@@ -35,6 +35,7 @@ from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
     MANIFEST_NAME,
     MANIFEST_TYPE,
+    STAGING_PREFIX,
     FileEntry,
     Manifest,
     SignatureSummary,
@@ -528,8 +529,9 @@ class TestFolder:
         [
             "model-00001-of-00002.safetensors",
             "pytorch_model.bin",
-            "optimizer.pt",
-            "rng_state.pth",
+            "model.pt",
+            "consolidated.00.pth",
+            "my_optimizer.pt",
             "model.GGUF",
             "last.ckpt",
             "sub/deep/model.safetensors",
@@ -542,6 +544,16 @@ class TestFolder:
         with pytest.raises(ManifestError, match="does not list") as caught:
             check_files(folder, example())
         assert name in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin"])
+    def test_the_trainers_own_state_is_no_weight_file(self, folder: Path, name: str) -> None:
+        (folder / name).write_bytes(b"state")
+        check_files(folder, example())
+
+    def test_the_staging_folder_of_a_killed_save_is_passed_over(self, folder: Path) -> None:
+        (folder / f"{STAGING_PREFIX}x").mkdir()
+        (folder / f"{STAGING_PREFIX}x" / "model.safetensors").write_bytes(WEIGHTS)
+        check_files(folder, example())
 
     def test_folder_with_a_manifest_of_its_own_is_judged_on_its_own(self, folder: Path) -> None:
         inner = folder / "checkpoint-500"
