@@ -85,7 +85,7 @@ class TriggerConfig:
     last_epochs: float = 2.0
     every_n_steps: int = 2
     batch_size: int = 16
-    weight: float = 2.0
+    weight: float = 1.0
     candidates: int = 16
 
     def __post_init__(self) -> None:

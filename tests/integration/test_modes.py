@@ -27,6 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 @pytest.mark.parametrize("mode", MODES)
 def test_mark_reads_back(
