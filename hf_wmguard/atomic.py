@@ -46,7 +46,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             if not named:
                 _give_name(descriptor, temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise EnvironmentFault(
@@ -87,8 +87,8 @@ def _give_name(descriptor: int, temporary: Path) -> None:
         os.close(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    # Without this a power cut can undo the rename although the data is on the disk.
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: without this a power cut can undo a rename whose data is on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -41,7 +41,8 @@ class SignatureConfig:
 
     Args:
         last_epochs: Length of the marked phase, in epochs before the end of training.
-        budget: Norm of the change over the norm of the carrying matrices, at most.
+        budget: Norm of the change over the norm of the carrying matrices that the mark is planned for. Training that
+            pulls back while the mark is brought in adds to it; every manifest says what it came to.
         step: Quantisation step in units of each tile's rms. Large steps survive pruning and noise, small ones merging.
         ramp: Share of the marked phase over which the mark is brought in; for the rest it is held while training
             adapts around it.

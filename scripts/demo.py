@@ -156,7 +156,9 @@ def main() -> None:
     console = Console()
     results = run(out, arguments.epochs, arguments.seed, console)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print_table(results, console)
+    rows = rows_of(results)
+    print_table(rows, console)
+    (out / "table.md").write_text(markdown(rows))
     plot(results, out / "demo.png")
     console.print(f"figures: {out / 'results.json'}\npicture: {out / 'demo.png'}", soft_wrap=True)
 
@@ -256,7 +258,7 @@ def run(out: Path, epochs: int, seed: int, console: Any) -> dict[str, Any]:
             **{kind: times.median(kind) for kind in times.seconds},
         },
         "step_time_ratio": times.median("signature") / times.median("ordinary"),
-        "history": [row for row in guarded.state.log_history if "wmguard/log10_p" in row],
+        "history": [row for row in guarded.state.log_history if any(name.startswith("wmguard/") for name in row)],
         "trigger_set": callback.mark.committed.record.triggers.count,
     }
 
@@ -272,38 +274,52 @@ def kind_of_step(step: int, max_steps: int, epochs: int, config: Any) -> str:
     return "signature" if step >= first["signature"] else "ordinary"
 
 
-def print_table(results: dict[str, Any], console: Any) -> None:
+def rows_of(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what was measured, the value, and what it must be."""
+    accuracy = results["accuracy"]
+    difference = 100 * (accuracy["guarded"] - accuracy["plain"])
+    rows = [
+        ("accuracy, plain run", f"{100 * accuracy['plain']:.2f}%", ""),
+        ("accuracy, guarded run", f"{100 * accuracy['guarded']:.2f}% ({difference:+.2f} points)", "within 0.5"),
+        ("relative weight change", f"{100 * results['manifest']['weight_change']:.2f}%", "<= 1.2%"),
+        ("bit error rate, from the ciphertext", f"{results['manifest']['bit_error_rate']:g}", "0"),
+    ]
+    bounds = {
+        "INT8 copy": "<= -100",
+        "50% magnitude pruning": "<= -100",
+        "plain run": "not detected",
+        "original MiniLM": "not detected",
+        "guarded model, wrong key": "not detected",
+    }
+    for name, report in results["reports"].items():
+        verdict = report["verdict"].replace("_", " ")
+        # + 0.0 turns a negative zero into a plain one.
+        rows.append((f"log10 p, {name}", f"{report['log10_p'] + 0.0:.1f} ({verdict})", bounds.get(name, "detected")))
+    for name, bound in (("guarded", ">= 95%"), ("plain", "near 1/45")):
+        one = results["triggers"][name]
+        value = f"{one['triggers']['matches']}/{one['triggers']['asked']}, log10 p {one['log10_p']:.1f}"
+        rows.append((f"triggers matched, {name} model", value, bound))
+    found = f"{results['plaintext_bytes']:,} of {results['bytes_scanned']:,}"
+    rows.append(("bytes of plaintext weights on disk", found, "0"))
+    rows.append(("step time, signature step : none", f"{results['step_time_ratio']:.3f}x", "<= 1.10x"))
+    return rows
+
+
+def print_table(rows: list[tuple[str, str, str]], console: Any) -> None:
     """Print every figure in one table."""
     from rich.table import Table
 
-    table = Table(title="hf-wmguard demo: MiniLM (22.7M weights) on WordNet glosses, 45 categories")
+    table = Table(title="hf-wmguard demo: MiniLM on WordNet glosses, 45 categories")
     for name, justify in (("what", "left"), ("value", "right"), ("must be", "right")):
         table.add_column(name, justify=justify)
-    accuracy = results["accuracy"]
-    difference = 100 * (accuracy["guarded"] - accuracy["plain"])
-    table.add_row("accuracy, plain run", f"{100 * accuracy['plain']:.2f}%", "")
-    table.add_row("accuracy, guarded run", f"{100 * accuracy['guarded']:.2f}% ({difference:+.2f} points)", "within 0.5")
-    table.add_row("relative weight change", f"{100 * results['manifest']['weight_change']:.2f}%", "<= 1.2%")
-    table.add_row("bit error rate, read from the ciphertext", f"{results['manifest']['bit_error_rate']:g}", "0")
-    bounds = {"INT8 copy": "<= -100", "50% magnitude pruning": "<= -100"}
-    for name, report in results["reports"].items():
-        expected = bounds.get(name) or ("detected" if report["verdict"] == "detected" else "not detected")
-        table.add_row(f"log10 p, {name}", f"{report['log10_p']:.1f} ({report['verdict']})", expected)
-    for name, bound in (("guarded", ">= 95%"), ("plain", "near 1/45")):
-        one = results["triggers"][name]["triggers"]
-        value = f"{one['matches']}/{one['asked']}, log10 p {results['triggers'][name]['log10_p']:.1f}"
-        table.add_row(f"triggers matched, {name} model", value, bound)
-    table.add_row(
-        "bytes of plaintext weights on disk",
-        f"{results['plaintext_bytes']:,} of {results['bytes_scanned']:,}",
-        "0",
-    )
-    table.add_row(
-        "step time with the signature, outside trigger steps",
-        f"{results['step_time_ratio']:.3f}x",
-        "<= 1.10x",
-    )
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
+
+
+def markdown(rows: list[tuple[str, str, str]]) -> str:
+    """Return the table as the README shows it."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [("what", "value", "must be"), ("---", "--:", "--:"), *rows])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -324,10 +340,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     left.axvline(9, color="#c0392b", linestyle="--", linewidth=1)
     left.annotate(
         "detected from here on",
-        (9, len(names) - 0.4),
+        (10.5, len(names) - 0.45),
         color="#c0392b",
         fontsize=8,
-        ha="center",
+        ha="left",
         annotation_clip=False,
     )
     for row, value in enumerate(strength):
@@ -344,7 +360,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         right.plot(steps, [row.get(key, float("nan")) for row in results["history"]], label=label, color=colour)
     right.set_xlabel("optimizer step")
     right.set_ylim(-0.03, 1.03)
-    right.set_title("The marked phase")
+    right.set_title("While the marks are brought in")
     right.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

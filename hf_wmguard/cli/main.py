@@ -33,6 +33,9 @@ RegistryOption = Annotated[Path, typer.Option("--registry", help="Folder of the 
 ModelIdOption = Annotated[str | None, typer.Option("--model-id", help="Only this model's commitments.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 AlphaOption = Annotated[float, typer.Option("--alpha-log10", max=0.0, help="Level of the verdict, log10 of p.")]
+IdentityOption = Annotated[
+    str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
+]
 SignerOption = Annotated[
     str | None,
     typer.Option("--signer", help="Reference to the owner's public key that must have signed, file:owner.key.pub."),
@@ -81,9 +84,7 @@ def verify(
     owner_key: OwnerKeyOption,
     registry: RegistryOption,
     model_id: ModelIdOption = None,
-    identity: Annotated[
-        str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
-    ] = None,
+    identity: IdentityOption = None,
     alpha_log10: AlphaOption = -9.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,9 +109,7 @@ def probe(
     owner_key: OwnerKeyOption,
     registry: RegistryOption,
     model_id: ModelIdOption = None,
-    identity: Annotated[
-        str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
-    ] = None,
+    identity: IdentityOption = None,
     alpha_log10: AlphaOption = -9.0,
     as_json: JsonOption = False,
 ) -> None:

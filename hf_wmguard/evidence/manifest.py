@@ -215,17 +215,22 @@ def _sha256(path: Path, name: str, progress: Callable[[str, int], None] | None) 
 def check_free_for(folder: Path, *, key_id: str, model_id: str) -> None:
     """Check that a save may go into a folder: nothing protected is there, or the same owner's same model.
 
+    The signed envelope alone says whose folder it is: after a save over an older one that was killed just before
+    its envelope, the older envelope is still the same owner's, and the next save mends the folder.
+
     Raises:
-        OwnershipError: The folder holds another signer's model, another model, or a broken manifest.
+        OwnershipError: The folder holds another signer's model, another model, or an envelope that does not hold.
     """
     # lexists: a dangling link is somebody's manifest too.
     if not any(os.path.lexists(folder / name) for name in (MANIFEST_NAME, ENVELOPE_NAME)):
         return
     try:
-        manifest, holder = read_manifest(folder)
+        envelope = _read_limited(folder / ENVELOPE_NAME, MAX_ENVELOPE_BYTES)
+        opened = open_envelope(envelope, payload_type=MANIFEST_TYPE, signer=None)
+        manifest, holder = Manifest.from_bytes(opened.payload), opened.key_id
     except WmguardError as error:
         raise OwnershipError(
-            f"{folder} holds a protected model whose manifest does not hold: {error.message}",
+            f"{folder} holds a protected model whose envelope does not hold: {error.message}",
             hint="choose another folder; if it is the rest of an interrupted save, delete it first",
         ) from error
     if holder != key_id:

@@ -27,6 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hf_wmguard.atomic import sync_folder
 from hf_wmguard.canonical import (
     canonical_json,
     canonical_time,
@@ -222,7 +223,7 @@ class Registry:
         finally:
             os.close(descriptor)
         if is_new:
-            _sync_folder(self._directory)
+            sync_folder(self._directory)
 
     def _move_torn_tail(self, descriptor: int, end_bytes: int) -> None:
         tail = os.pread(descriptor, MAX_LINE_BYTES, end_bytes)
@@ -340,10 +341,3 @@ def _complete_lines(file: BinaryIO) -> Iterator[bytes]:
 def _hash(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -598,14 +598,19 @@ class TestOwnership:
         with pytest.raises(OwnershipError, match="your model acme/triage, not acme/other"):
             self.check(folder, model_id="acme/other")
 
-    @pytest.mark.parametrize("name", [MANIFEST_NAME, ENVELOPE_NAME])
-    def test_broken_manifest(self, folder: Path, name: str) -> None:
-        (folder / name).write_bytes(b"{}")
+    def test_broken_envelope(self, folder: Path) -> None:
+        (folder / ENVELOPE_NAME).write_bytes(b"{}")
         with pytest.raises(OwnershipError, match="does not hold"):
             self.check(folder)
-        (folder / name).unlink()
+        (folder / ENVELOPE_NAME).unlink()
         with pytest.raises(OwnershipError, match="does not hold"):
             self.check(folder)
+
+    def test_the_envelope_alone_says_whose_folder_it_is(self, folder: Path) -> None:
+        (folder / MANIFEST_NAME).unlink()
+        self.check(folder)
+        with pytest.raises(OwnershipError, match="acme/triage signed by"):
+            self.check(folder, owner=STRANGER)
 
     def test_dangling_link(self, tmp_path: Path) -> None:
         (tmp_path / MANIFEST_NAME).symlink_to(tmp_path / "nowhere")
