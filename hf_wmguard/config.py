@@ -40,7 +40,8 @@ class SignatureConfig:
     """The weight signature.
 
     Args:
-        last_epochs: Length of the marked phase, in epochs before the end of training.
+        last_epochs: Length of the marked phase, in epochs before the end of training. For data without a length, the
+            share of max_steps: there 1.0 means the whole run.
         budget: Norm of the change over the norm of the carrying matrices that the mark is planned for. Training that
             pulls back while the mark is brought in adds to it; every manifest says what it came to.
         step: Quantisation step in units of each tile's rms. Large steps survive pruning and noise, small ones merging.

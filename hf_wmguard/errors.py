@@ -132,7 +132,7 @@ class NotFoundError(EnvironmentFault):
 
 
 class UnsavedRunError(EnvironmentFault):
-    """A marked model that was never saved."""
+    """A marked model that was never saved: named on stderr when the process ends, whose exit code is its own."""
 
 
 class MissingDependencyError(EnvironmentFault):

@@ -155,7 +155,7 @@ class ProtectedWriter:
         # What a killed save left behind is ciphertext without a manifest: of no use to anyone.
         for stale in folder.glob(STAGING_PREFIX + "*"):
             shutil.rmtree(stale)
-        self._staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
+        self.staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
 
     def __enter__(self) -> Self:
         return self
@@ -163,21 +163,21 @@ class ProtectedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
 
     def add(self, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Encrypt the tensors of one file.
 
         Args:
             tensors: By name, as they would go into a safetensors file.
-            path: Final path; its name says which shard of how many it is.
+            path: Path in the staging folder; its name says which shard of how many it is.
             metadata: The safetensors metadata, encrypted too.
         Raises:
             NonFiniteWeightError: A floating-point tensor holds NaN or Inf; nothing has been replaced.
             FormatError: The path lies in another folder.
         """
-        if path.parent.resolve() != self._folder.resolve():
-            raise FormatError(f"{path} lies outside {self._folder}", hint="save into one folder at a time")
+        if path.parent.resolve() != self.staging.resolve():
+            raise FormatError(f"{path} lies outside {self.staging}", hint="save into one folder at a time")
         for name, tensor in tensors.items():
             if tensor.dtype in _CHECKED and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteWeightError(
@@ -186,7 +186,7 @@ class ProtectedWriter:
                 )
         self._records.append(
             write_protected(
-                self._staging / path.name,
+                self.staging / path.name,
                 {name: encode(name, tensor) for name, tensor in tensors.items()},
                 dek=self._dek,
                 context=self._context(path.name),
@@ -199,7 +199,7 @@ class ProtectedWriter:
         with ExitStack() as stack:
             files = [
                 stack.enter_context(
-                    ProtectedFile(self._staging / record.name, dek=self._dek, context=self._context(record.name))
+                    ProtectedFile(self.staging / record.name, dek=self._dek, context=self._context(record.name))
                 )
                 for record in self._records
             ]
@@ -245,10 +245,10 @@ class ProtectedWriter:
         return manifest
 
     def _publish(self) -> None:
-        """Move the ciphertext to its place, and clear away what another number of shards left there before."""
+        """Move all files to their places, and clear away what another number of shards left there before."""
         names = {record.name for record in self._records}
-        for name in names:
-            (self._staging / name).replace(self._folder / name)
+        for path in sorted(self.staging.iterdir(), key=lambda path: path.name not in names):
+            path.replace(self._folder / path.name)
         for stale in self._folder.glob("*.safetensors"):
             # Ciphertext of the save that is being replaced; anything else is not ours to delete.
             if stale.name not in names and stale.is_file() and is_protected(stale):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from hf_wmguard.container.recipients import Identity, X25519Identity, load_ident
 from hf_wmguard.errors import ConfigError, RegistryError
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
-from hf_wmguard.probing.local import answers
+from hf_wmguard.probing.local import answers, task_of
 from hf_wmguard.protect import Committed
 from hf_wmguard.suspects.reader import digest, open_suspect, tile_reader
 from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_poisson_binomial_tail
@@ -131,6 +132,7 @@ def verify(
         AuthenticationError: The owner key is not the registry's.
         NotFoundError, FormatError: The suspect cannot be read.
     """
+    _check_alpha(alpha_log10)
     owner = OwnerKey.load(owner_key)
     candidates = [one for one in _committed(owner, registry, model_id) if one.record.carriers]
     if not candidates:
@@ -144,7 +146,8 @@ def verify(
     with open_suspect(suspect, identities=identities) as opened:
         tile_of = tile_reader(opened)
         results = [(one, *_judge_weights(one, owner, tile_of)) for one in candidates]
-    best, result, complete = min(results, key=lambda item: item[1].log10_p)
+    best, result, _ = min(results, key=lambda item: (item[1].log10_p, not item[2]))
+    complete = any(item[2] for item in results)
     return _report(best, len(results), alpha_log10, enough=complete, signature=result, suspect=_describe(suspect))
 
 
@@ -172,11 +175,13 @@ def probe(
         RegistryError: The registry holds no commitment with a trigger set.
         AuthenticationError: The owner key is not the registry's.
     """
+    _check_alpha(alpha_log10)
     owner = OwnerKey.load(owner_key)
+    task = task_of(model)
     results = []
     for one in _committed(owner, registry, model_id):
         triggers = one.record.triggers
-        if triggers is None:
+        if triggers is None or triggers.task != task:
             continue
         matches = count_matches(answers(model, tokenizer, triggers), triggers)
         log10_p = log10_poisson_binomial_tail(matches, triggers.rates)
@@ -186,12 +191,19 @@ def probe(
             (one, TriggerResult(log10_p=log10_p, matches=matches, asked=count, null_rate=rate, queries=count))
         )
     if not results:
-        raise RegistryError(f"{registry} commits to no trigger set", hint="use wmguard verify, which reads the weights")
+        raise RegistryError(
+            f"{registry} commits to no trigger set for {task}", hint="use wmguard verify, which reads the weights"
+        )
     best, result = min(results, key=lambda item: item[1].log10_p)
     best_case = log10_poisson_binomial_tail(result.asked, [result.null_rate] * result.asked)
     enough = log10_bonferroni(best_case, len(results)) <= alpha_log10
     suspect = {"uri": uri or type(model).__name__, "sha256": None}
     return _report(best, len(results), alpha_log10, enough=enough, triggers=result, suspect=suspect)
+
+
+def _check_alpha(alpha_log10: float) -> None:
+    if not -math.inf < alpha_log10 < 0:
+        raise ConfigError(f"alpha_log10 is {alpha_log10}, expected a number below 0", hint="-9 is usual")
 
 
 def _committed(owner: OwnerKey, registry: str | Path, model_id: str | None) -> list[Committed]:
@@ -202,7 +214,10 @@ def _committed(owner: OwnerKey, registry: str | Path, model_id: str | None) -> l
             f"{registry} holds no commitment {what}",
             hint="a claim without a commitment before training is worth nothing",
         )
-    return [Committed.from_entry(entry) for entry in entries]
+    committed = [Committed.from_entry(entry) for entry in entries]
+    for one in committed:
+        one.record.check(owner)
+    return committed
 
 
 def _judge_weights(one: Committed, owner: OwnerKey, tile_of: Any) -> tuple[SignatureResult, bool]:

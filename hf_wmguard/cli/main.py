@@ -32,7 +32,7 @@ OwnerKeyOption = Annotated[str, typer.Option("--owner-key", help="Reference to t
 RegistryOption = Annotated[Path, typer.Option("--registry", help="Folder of the owner's registry.")]
 ModelIdOption = Annotated[str | None, typer.Option("--model-id", help="Only this model's commitments.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-AlphaOption = Annotated[float, typer.Option("--alpha-log10", max=0.0, help="Level of the verdict, log10 of p.")]
+AlphaOption = Annotated[float, typer.Option("--alpha-log10", help="Level of the verdict, log10 of p, below 0.")]
 IdentityOption = Annotated[
     str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
 ]
@@ -137,9 +137,15 @@ def inspect(
     signer: SignerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a protected folder says of itself, and check its signature and every file; needs no key."""
+    """Show what a protected folder says of itself, and check its signature and every signed file; needs no key."""
     from hf_wmguard.container.files import inspect_file
-    from hf_wmguard.evidence.manifest import check_files, read_manifest
+    from hf_wmguard.evidence.manifest import (
+        ENVELOPE_NAME,
+        MANIFEST_NAME,
+        RECIPIENTS_NAME,
+        check_files,
+        read_manifest,
+    )
     from hf_wmguard.evidence.signing import load_signer
     from hf_wmguard.suspects.protected import weight_names
 
@@ -149,6 +155,10 @@ def inspect(
     value = json.loads(manifest.to_bytes())
     value["sealed_state"] = manifest.sealed_state is not None
     value |= {"signer": key_id, "signer_pinned": signer is not None}
+    covered = {entry.name for entry in manifest.files} | {MANIFEST_NAME, ENVELOPE_NAME, RECIPIENTS_NAME}
+    value["not_covered"] = sorted(
+        path.name for path in protected.iterdir() if path.is_file() and path.name not in covered
+    )
     value["headers"] = {name: inspect_file(protected / name) for name in weight_names(manifest)}
     if as_json:
         _print_json(value)
@@ -163,6 +173,8 @@ def inspect(
         table.add_row(f"triggers.{name}", str(number))
     for entry in manifest.files:
         table.add_row(escape(entry.name), f"{entry.size_bytes:,} bytes, sha256 as signed")
+    for name in value["not_covered"]:
+        table.add_row(escape(name), "not covered by the signature")
     _out.print(table)
 
 

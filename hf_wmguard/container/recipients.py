@@ -153,7 +153,7 @@ class RecipientsFile:
         raise AuthenticationError(
             f"none of {len(identities)} identities can open this save",
             hint=f"it has {len(self.stanzas)} recipients: pass the identity of one of them, "
-            "or ask its owner to add yours with: wmguard rewrap --add",
+            "or ask its owner to save it for yours too",
         )
 
     def _check(self, dek: bytes) -> None:

@@ -195,7 +195,7 @@ class Registry:
         for entry in self.entries(expected_head=entry_hash):
             if entry.hash == entry_hash:
                 return entry
-        raise RegistryError(f"{entry_hash} names no entry", hint="use the hash of an entry: wmguard registry list")
+        raise RegistryError(f"{entry_hash} names no entry", hint="use the hash that a manifest or a report names")
 
     def _scan(self) -> tuple[int, int, bytes]:
         """Return how many lines there are, the bytes they take, and the last one."""
@@ -340,4 +340,3 @@ def _complete_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _hash(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
-

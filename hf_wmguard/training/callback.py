@@ -20,13 +20,13 @@ from transformers import (
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.recipients import X25519Identity, load_recipient
-from hf_wmguard.errors import ManifestError, UnsavedRunError
+from hf_wmguard.errors import ManifestError, UnsavedRunError, UsageError
 from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.saving import guard_saves
-from hf_wmguard.training.support import check_arguments, check_model
+from hf_wmguard.training.support import check_arguments, check_model, check_optimizer
 
 _logger = logging.getLogger(__name__)
 
@@ -94,9 +94,10 @@ class WatermarkCallback(TrainerCallback):
         """Check that the promises can be kept, then commit, before the first step."""
         check_arguments(args, attached=self._trainer is not None)
         model = self._guard(kwargs["model"])
-        for folder in (args.output_dir, self.config.protection.destination):
-            if folder is not None:
-                check_free_for(Path(folder), key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
+        out, destination = Path(str(args.output_dir)), self.config.protection.destination
+        folders = [out, *out.glob("checkpoint-*")] + ([Path(destination)] if destination else [])
+        for folder in folders:
+            check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
         self.mark.begin(
             model,
             kwargs.get("processing_class"),
@@ -119,6 +120,11 @@ class WatermarkCallback(TrainerCallback):
     ) -> None:
         """Take the decoupled signature step."""
         self.mark.after_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, before a checkpoint is written, if the optimizer's state holds the weights themselves."""
+        if control.should_save and not args.save_only_model:
+            check_optimizer(kwargs["optimizer"])
 
     def on_log(
         self,
@@ -187,8 +193,13 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
         The callback that was added.
     Raises:
         KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
+        UsageError: The Trainer is guarded already.
         UnsupportedError: A model or mode in which the promises cannot be kept; nothing has been changed.
     """
+    if any(isinstance(other, WatermarkCallback) for other in trainer.callback_handler.callbacks):
+        raise UsageError(
+            "this trainer is guarded already", hint="call protect_trainer once, and add no callback beside it"
+        )
     callback = WatermarkCallback(config)
     check_model(trainer.model)
     check_arguments(trainer.args, attached=True)

@@ -31,6 +31,7 @@ from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_carriers, check_finite
 from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
 from hf_wmguard.watermark.carriers import Carrier
+from hf_wmguard.watermark.pvalues import log10_binomial_tail
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.triggers import count_matches
 
@@ -54,7 +55,8 @@ class Mark:
         self.config = config
         self.owner = owner
         self.committed: Committed | None = None
-        self.saved = False
+        self._saved_step: int | None = None
+        self._triggered_step = 0
         self._finished = False
         self._signature: SignatureStep | None = None
         self._triggers: TriggerStep | None = None
@@ -85,7 +87,7 @@ class Mark:
             ConfigError: Resuming with another config than the one committed to.
         """
         self._tokenizer, self._step = tokenizer, step
-        self.saved = self._finished = False
+        self._saved_step, self._finished = None, False
         parameters = dict(model.named_parameters())
         check_finite(parameters)
         if self.committed is None:
@@ -161,8 +163,11 @@ class Mark:
 
     def before_step(self, model: PreTrainedModel) -> None:
         """Add the trigger gradients that belong to the coming optimizer step."""
-        if self._triggers is not None and self._triggers.due(self._step + 1):
-            self._triggers.run(model, self._step + 1)
+        coming = self._step + 1
+        # Data without a length can end inside an accumulation: the step then begins twice, its triggers come once.
+        if self._triggers is not None and self._triggers.due(coming) and self._triggered_step != coming:
+            self._triggered_step = coming
+            self._triggers.run(model, coming)
 
     def after_step(self) -> None:
         """Take the signature step that follows an optimizer step."""
@@ -184,6 +189,11 @@ class Mark:
                 "training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)",
                 moved,
             )
+
+    @property
+    def saved(self) -> bool:
+        """Whether a complete save holds the model as it is after the last step."""
+        return self._saved_step == self._step
 
     @property
     def state(self) -> State:
@@ -217,7 +227,8 @@ class Mark:
         signature, sealed = None, None
         with ProtectedWriter(folder, config=self.config, owner=self.owner) as writer:
             with weights_go_to(writer.add):
-                plain_save(folder, **kwargs)
+                # Into the staging folder: transformers clears old shards and rewrites the config before it writes.
+                plain_save(writer.staging, **kwargs)
             if self._signature is not None and self.committed is not None:
                 reading = writer.read_back(self._signature.keys)
                 decoded = (
@@ -242,7 +253,7 @@ class Mark:
             )
         if manifest.state == "complete":
             Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
-            self.saved = True
+            self._saved_step = self._step
         self._report(manifest, folder)
 
     def _trigger_summary(self, model: PreTrainedModel) -> TriggerSummary | None:
@@ -255,7 +266,19 @@ class Mark:
         return TriggerSummary(count=triggers.count, candidates=len(triggers.candidates[0]), match_rate=rate)
 
     def _report(self, manifest: Manifest, folder: Path) -> None:
-        read = manifest.signature
+        read, triggers = manifest.signature, manifest.triggers
+        if triggers is not None and triggers.match_rate is not None:
+            matches = round(triggers.match_rate * triggers.count)
+            log10_p = log10_binomial_tail(matches, triggers.count, 1 / triggers.candidates)
+            # Half of what a whole match would give: a set that weak would hardly convince anybody.
+            if log10_p > 0.5 * log10_binomial_tail(triggers.count, triggers.count, 1 / triggers.candidates):
+                _logger.warning(
+                    "%s: only %d of %d triggers match: they were not learned, or older weights were loaded back; "
+                    "raise triggers.last_epochs or triggers.weight",
+                    folder,
+                    matches,
+                    triggers.count,
+                )
         if read is None:
             _logger.info("%s: encrypted; mark %s", folder, manifest.state)
             return

@@ -91,11 +91,20 @@ class _GuardedSave:
         )
 
 
-def _refuse_part(*args: Any, **kwargs: Any) -> NoReturn:
-    raise UnsupportedError(
-        "a part of a guarded model is not saved by itself: the file would be plaintext",
-        hint="save the whole model with its own save_pretrained",
-    )
+class _RefusedSave:
+    """What stands where ``save_pretrained`` was on a model inside a guarded one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError(
+            "a part of a guarded model is not saved by itself: the file would be plaintext",
+            hint="save the whole model with its own save_pretrained",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RefusedSave:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        self()
 
 
 def guard_saves(model: PreTrainedModel, save: GuardedSave) -> None:
@@ -109,4 +118,4 @@ def guard_saves(model: PreTrainedModel, save: GuardedSave) -> None:
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.save_pretrained = _GuardedSave(model, save) if part is model else _refuse_part  # type: ignore[method-assign,assignment]
+            part.save_pretrained = _GuardedSave(model, save) if part is model else _RefusedSave()  # type: ignore[method-assign,assignment]

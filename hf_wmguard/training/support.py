@@ -27,6 +27,12 @@ def check_model(model: nn.Module | None) -> PreTrainedModel:
         raise UnsupportedError("model has PEFT adapters", hint="merge them first, or train without hf-wmguard")
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError("model is quantized", hint="load it without quantization_config, in float32")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise UnsupportedError(
+            f"model lies on {', '.join(sorted(map(str, devices)))}, expected one CPU or CUDA device",
+            hint="load it without device_map",
+        )
     if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         raise UnsupportedError(
             "model is offloaded to disk, where its weights lie in plaintext",
@@ -80,6 +86,25 @@ def check_finite(parameters: dict[str, nn.Parameter]) -> None:
                 f"{name} holds NaN or Inf before the first step",
                 hint="the model is damaged or was never initialised: load it again",
             )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse an optimizer whose state is a copy of the weights: the Trainer writes ``optimizer.pt`` in plaintext.
+
+    Raises:
+        UnsupportedError: A state tensor lies within half of its parameter's norm (averaged or master weights).
+    """
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, torch.Tensor) or not isinstance(state, dict):
+            continue
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                norm = torch.linalg.vector_norm(parameter.detach().float())
+                if torch.linalg.vector_norm((value - parameter.detach()).float()) < 0.5 * norm:
+                    raise UnsupportedError(
+                        f"the optimizer's state {name!r} holds the weights, and optimizer.pt is plaintext",
+                        hint="set save_only_model=True, or use another optimizer",
+                    )
 
 
 def check_carriers(parameters: dict[str, nn.Parameter], names: list[str]) -> None:

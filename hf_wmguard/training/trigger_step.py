@@ -41,6 +41,8 @@ def make_triggers(key: bytes, config: TriggerConfig, model: PreTrainedModel, tok
     # A tokenizer that is missing or cannot take texts must show now, and not in the last epoch.
     encode_texts(tokenizer, texts[:1], task=task, device=torch.device("cpu"))
     if task == "classification":
+        # Asked here so that a model that cannot answer fails before training, not at the first trigger step.
+        ask(model, tokenizer, texts[:2], task=task)
         candidates = label_candidates(config.count, num_labels=int(model.config.num_labels or 0))
     else:
         special = {int(i) for i in getattr(tokenizer, "all_special_ids", ())}

@@ -18,7 +18,7 @@ from hf_wmguard.watermark import payload as code
 from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.prf import Stream
 from hf_wmguard.watermark.signature import CarrierKey
-from hf_wmguard.watermark.triggers import TriggerSet
+from hf_wmguard.watermark.triggers import TriggerSet, derive_responses
 
 SCHEME = "stdm-rank1/1"
 SALT_BYTES = 32
@@ -123,6 +123,23 @@ class WatermarkRecord:
             position += carrier.projections
         return tuple(keys)
 
+    def check(self, owner: OwnerKey) -> None:
+        """Check that payload and responses are what the owner key derives, not what somebody read off a victim.
+
+        Raises:
+            AuthenticationError: The record was made with another owner key.
+            FormatError: The payload or a response was chosen.
+        """
+        subkey = self._subkeys(owner)
+        triggers = self.triggers
+        if triggers is not None:
+            derived = derive_responses(subkey("triggers"), triggers.texts, triggers.candidates)
+            if derived != triggers.responses:
+                raise FormatError(
+                    f"the record of {self.model_id} {self.iteration} holds responses that its key does not derive",
+                    hint="this commitment proves nothing: responses are derived, never chosen",
+                )
+
     def decode_payload(self, owner: OwnerKey, soft: Any) -> str:
         """Return the hex of the payload that soft bits (float [n], 0 where erased) decode to."""
         return code.decode(soft, Stream(self._subkeys(owner)("code"), "code")).hex()
@@ -172,6 +189,12 @@ class WatermarkRecord:
             raise AuthenticationError(
                 f"the record of {self.model_id} {self.iteration} was made with another owner key",
                 hint="check --owner-key",
+            )
+        # A payload that its key does not derive could have been read off a model that was never marked.
+        if self.payload and subkeys("payload").hex() != self.payload:
+            raise FormatError(
+                f"the record of {self.model_id} {self.iteration} holds a payload that its key does not derive",
+                hint="this commitment proves nothing: the payload is derived, never chosen",
             )
         return subkeys
 

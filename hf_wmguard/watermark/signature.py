@@ -23,6 +23,8 @@ from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.prf import Stream
 from hf_wmguard.watermark.pvalues import log10_p_correlation
 
+_MAX_STEPS = 2.0**32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
 class CarrierKey:
@@ -91,7 +93,7 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
     Returns:
         float64 [m, m], in units of the weights, on the key's device.
     Raises:
-        FormatError: The tile has another shape.
+        FormatError: The tile has another shape, or projections more than 2^32 steps from zero.
         NonFiniteWeightError: A weight in it is NaN or Inf.
     """
     expected = (key.carrier.rows, key.carrier.shape[1])
@@ -106,6 +108,11 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
         raise NonFiniteWeightError(
             f"{key.carrier.name}: a weight is NaN or Inf",
             hint="in training: lower the learning rate and resume; in a suspect: the file is damaged",
+        )
+    # Beyond this a double no longer resolves the dither, and with it the p-value. The rule looks at the weights only.
+    if float(projections.abs().max()) > _MAX_STEPS * key.carrier.step:
+        raise FormatError(
+            f"{key.carrier.name}: weights are out of all proportion to the record", hint="the file is damaged"
         )
     return projections
 

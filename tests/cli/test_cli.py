@@ -458,7 +458,7 @@ def test_names_are_not_markup(wmguard: Command, guarded: Run, tmp_path: Path) ->
         ["keygen"],
         ["keygen", "admin", "--out", "x"],
         ["verify", "x"],
-        ["verify", "x", "--owner-key", "file:a", "--registry", "r", "--alpha-log10", "1"],
+        ["verify", "x", "--owner-key", "file:a", "--registry", "r", "--alpha-log10", "x"],
         ["verify", "x", "--owner-key", "file:a", "--registry", "r", "--unknown"],
         ["probe", "--owner-key", "file:a", "--registry", "r"],
         ["decrypt", "x", "y"],

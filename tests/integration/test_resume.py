@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Trainer
 
 from hf_wmguard import protect_trainer, verify
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
-from hf_wmguard.errors import ConfigError, ManifestError, NotFoundError, RegistryError, WmguardError
+from hf_wmguard.errors import ConfigError, ManifestError, NotFoundError, OwnershipError, RegistryError, WmguardError
 from hf_wmguard.evidence.manifest import read_manifest
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[Callable[[Run, Path], WatermarkConfig], type[WmguardErr
     "budget": (lambda run, tmp: _config(run, tmp, signature=SignatureConfig(budget=0.08)), ConfigError),
     "no triggers": (lambda run, tmp: _config(run, tmp, triggers=None), ConfigError),
     "no signature": (lambda run, tmp: _config(run, tmp, signature=None), ConfigError),
-    "model id": (lambda run, tmp: _config(run, tmp, model_id="acme/other"), ConfigError),
+    "model id": (lambda run, tmp: _config(run, tmp, model_id="acme/other"), OwnershipError),
     "iteration": (lambda run, tmp: _config(run, tmp, iteration="2"), ConfigError),
     "owner key": (_other_key, ManifestError),
     "missing registry": (_no_registry, NotFoundError),

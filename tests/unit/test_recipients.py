@@ -76,7 +76,7 @@ def test_others_do_not_and_learn_what_to_do(sealed: bytes, identities: list[X255
     with pytest.raises(AuthenticationError) as caught:
         open_recipients(sealed, identities)
     assert "2 recipients" in caught.value.hint
-    assert "rewrap" in caught.value.hint
+    assert "save it for yours" in caught.value.hint
 
 
 def test_a_recipient_that_is_named_twice_gets_one_stanza() -> None:
