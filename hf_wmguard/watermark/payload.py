@@ -104,7 +104,7 @@ class ConvolutionalCode:
         return (registers.double() @ taps.double().T).remainder(2)
 
 
-# The rate-1/4 code of cdma2000 (3GPP2 C.S0002). Its free distance is 24, the largest known at this length.
+# The rate-1/4 code of cdma2000 (3GPP2 C.S0002). Its free distance is 24, as the tests compute.
 CODE = ConvolutionalCode(generators=(0o765, 0o671, 0o513, 0o473), constraint_length=9)
 MIN_CODE_BITS = CODE.codeword_bits(8 * PAYLOAD_BYTES)
 
