@@ -44,14 +44,15 @@ class SignatureConfig:
             share of max_steps: there 1.0 means the whole run.
         budget: Norm of the change over the norm of the carrying matrices that the mark is planned for. Training that
             pulls back while the mark is brought in adds to it; every manifest says what it came to.
-        step: Quantisation step in units of each tile's rms. Large steps survive pruning and noise, small ones merging.
+        step: One quantisation step for all projections, in units of each tile's rms. By default a mix is planned:
+            small steps survive merging, large ones pruning and noise.
         ramp: Share of the marked phase over which the mark is brought in; for the rest it is held while training
             adapts around it.
     """
 
     last_epochs: float = 1.0
     budget: float = 0.01
-    step: float = 2.0
+    step: float | None = None
     ramp: float = 0.75
 
     def __post_init__(self) -> None:
@@ -63,7 +64,12 @@ class SignatureConfig:
             self.budget,
             "expected more than 0 and at most 0.2; 0.01 is usual",
         )
-        _require(0.1 <= self.step <= 16, "signature.step", self.step, "expected 0.1 to 16; 2 is usual")
+        _require(
+            self.step is None or 0.1 <= self.step <= 16,
+            "signature.step",
+            self.step,
+            "expected 0.1 to 16, or nothing for a planned mix",
+        )
         _require(0 < self.ramp <= 1, "signature.ramp", self.ramp, "expected more than 0 and at most 1")
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_wmguard.atomic import write_atomic
 from hf_wmguard.canonical import canonical_time
-from hf_wmguard.config import SignatureConfig, WatermarkConfig
+from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.files import FileContext, FileRecord, ProtectedFile, is_protected, write_protected
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
-from hf_wmguard.errors import FormatError, NonFiniteWeightError, UnsupportedError
+from hf_wmguard.errors import FormatError, NonFiniteWeightError
 from hf_wmguard.evidence.manifest import (
     RECIPIENTS_NAME,
     STAGING_PREFIX,
@@ -37,10 +39,11 @@ from hf_wmguard.evidence.registry import Entry, Registry, commitment_digest
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.reader import Encrypted, tile_reader
 from hf_wmguard.suspects.tensors import encode
-from hf_wmguard.watermark.carriers import Carrier, is_carrier, select_carriers
+from hf_wmguard.watermark.carriers import Tile, select_carriers
 from hf_wmguard.watermark.payload import MIN_CODE_BITS
-from hf_wmguard.watermark.record import SALT_BYTES, WatermarkRecord
+from hf_wmguard.watermark.record import SALT_BYTES, WatermarkRecord, carrier_stream
 from hf_wmguard.watermark.signature import CarrierKey, Reading, read_signature
+from hf_wmguard.watermark.triggers import TriggerSet
 
 State = Literal["pending", "ramping", "complete"]
 DEK_BYTES = 32
@@ -79,35 +82,64 @@ class Committed:
         return cls(record=WatermarkRecord.from_json(record), entry=entry)
 
 
-def choose_carriers(parameters: Mapping[str, nn.Parameter], config: SignatureConfig) -> tuple[Carrier, ...]:
-    """Return the carriers of a model.
+def new_record(
+    owner: OwnerKey,
+    config: WatermarkConfig,
+    *,
+    salt: bytes,
+    shapes: Mapping[str, tuple[int, int]],
+    read: Callable[[str, int, int], Tensor],
+    triggers: TriggerSet | None = None,
+    bases: Mapping[str, tuple[int, bytes]] | None = None,
+) -> WatermarkRecord:
+    """Return the record of a new marking, nothing of it embedded yet.
 
     Args:
-        parameters: The model's parameters by name; frozen ones carry nothing.
-        config: Budget and step.
+        owner: The owner's key.
+        config: Names, budget and step.
+        salt: From `new_salt`.
+        shapes: Rows and columns of every matrix that may carry; none where the config asks for no signature.
+        read: Returns rows of a matrix: name, first row, number of rows; any float dtype.
+        triggers: The trigger set, if any.
+        bases: Of low-rank adapters: rank and row space of each matrix.
     Raises:
         CapacityError: The model is too small for the payload at this budget.
-        NonFiniteWeightError: A weight is NaN or Inf, or a whole matrix is zero.
-        UnsupportedError: All matrices that could carry are frozen.
+        NonFiniteWeightError: A weight is NaN or Inf, or a whole tile is zero.
     """
-    shapes: dict[str, tuple[int, int]] = {}
-    rms: dict[str, float] = {}
-    fit = {name: one for name, one in parameters.items() if is_carrier(name, tuple(one.shape))}
-    if fit and not any(parameter.requires_grad for parameter in fit.values()):
-        raise UnsupportedError(
-            f"all {len(fit)} matrices that could carry the signature are frozen",
-            hint="train some of them, or pass signature=None to mark with triggers only",
-        )
-    for name, parameter in fit.items():
-        if parameter.requires_grad:
-            value = float(torch.linalg.vector_norm(parameter.detach().float())) / parameter.numel() ** 0.5
-            if not 0 < value < float("inf"):
-                raise NonFiniteWeightError(
-                    f"{name}: root mean square is {value}",
-                    hint="the model is damaged or was never initialised",
-                )
-            shapes[name], rms[name] = (parameter.shape[0], parameter.shape[1]), value
-    return select_carriers(shapes, rms, budget=config.budget, step=config.step, min_projections=MIN_CODE_BITS)
+    create = partial(
+        WatermarkRecord.create,
+        owner,
+        model_id=config.model_id,
+        iteration=config.iteration,
+        salt=salt,
+        triggers=triggers,
+    )
+    if config.signature is None:
+        return create()
+
+    def rms_of(tile: Tile) -> float:
+        weights = read(tile.name, tile.row_start, tile.rows)
+        value = float(torch.linalg.vector_norm(weights.detach().float())) / math.sqrt(weights.numel())
+        if not 0 < value < float("inf"):
+            raise NonFiniteWeightError(
+                f"{tile.name}: root mean square is {value}", hint="the model is damaged or was never initialised"
+            )
+        return value
+
+    carriers, steps = select_carriers(
+        shapes,
+        rms_of,
+        budget=config.signature.budget,
+        step=config.signature.step,
+        min_projections=MIN_CODE_BITS,
+        stream=carrier_stream(owner, config.model_id, config.iteration, salt),
+        bases=bases,
+    )
+    return create(
+        carriers=carriers,
+        steps=steps,
+        tile_of=lambda carrier: read(carrier.name, carrier.row_start, carrier.rows),
+    )
 
 
 def new_salt() -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,10 @@ from hf_wmguard.keys import OwnerKey
 from hf_wmguard.probing.local import answers, task_of
 from hf_wmguard.protect import Committed
 from hf_wmguard.suspects.reader import digest, open_suspect, tile_reader
+from hf_wmguard.suspects.signature import Attempt, read_attempts
+from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_poisson_binomial_tail
-from hf_wmguard.watermark.signature import Reading, read_signature
+from hf_wmguard.watermark.signature import Reading, Score
 from hf_wmguard.watermark.triggers import count_matches
 
 DEFAULT_ALPHA_LOG10 = -9.0
@@ -40,7 +42,8 @@ class SignatureResult:
         carriers_read: Carriers found in the suspect.
         carriers_missing: Carriers not found, of another shape or not finite.
         bytes_read: Bytes of weights read.
-        alignment: How the suspect was aligned to the original; ``none`` here.
+        alignment: What was undone before reading: ``none``, ``norms`` (scaled rows and columns), or how the suspect was
+            aligned with the original.
     """
 
     log10_p: float
@@ -82,7 +85,7 @@ class Report:
         verdict: ``detected`` where ``log10_p <= alpha_log10``, ``inconclusive`` where too little could be read.
         log10_p: Upper bound of the p-value, corrected for every commitment that was tried.
         alpha_log10: The level of the verdict.
-        tests_corrected_for: Number of tests in the correction.
+        tests_corrected_for: Number of tests in the correction: every commitment, alignment and weighting of the steps.
         model_id: Model of the best matching commitment.
         iteration: Its iteration.
         slot: Its slot.
@@ -145,10 +148,17 @@ def verify(
         identities = (load_identity(identity), *identities)
     with open_suspect(suspect, identities=identities) as opened:
         tile_of = tile_reader(opened)
-        results = [(one, *_judge_weights(one, owner, tile_of)) for one in candidates]
-    best, result, _ = min(results, key=lambda item: (item[1].log10_p, not item[2]))
-    complete = any(item[2] for item in results)
-    return _report(best, len(results), alpha_log10, enough=complete, signature=result, suspect=_describe(suspect))
+        tried = [(one, attempt) for one in candidates for attempt in _attempts(one, owner, tile_of)]
+    scored = [(one, attempt, attempt.reading.score()) for one, attempt in tried]
+    best, attempt, score = min(scored, key=lambda item: (item[2].log10_p, not _enough(item[1].reading)))
+    return _report(
+        best,
+        sum(score.tests for _, _, score in scored),
+        alpha_log10,
+        enough=any(_enough(attempt.reading) for _, attempt in tried),
+        signature=_signature_result(best, owner, attempt, score),
+        suspect=_describe(suspect),
+    )
 
 
 def probe(
@@ -220,19 +230,16 @@ def _committed(owner: OwnerKey, registry: str | Path, model_id: str | None) -> l
     return committed
 
 
-def _judge_weights(one: Committed, owner: OwnerKey, tile_of: Any) -> tuple[SignatureResult, bool]:
-    bytes_read = 0
+def _attempts(one: Committed, owner: OwnerKey, tile_of: Callable[[Carrier], Tensor | None]) -> list[Attempt]:
+    return read_attempts(one.record, one.record.carrier_keys(owner), tile_of)
 
-    def counted(carrier: Any) -> Tensor | None:
-        nonlocal bytes_read
-        tile: Tensor | None = tile_of(carrier)
-        bytes_read += 0 if tile is None else tile.numel() * tile.element_size()
-        return tile
 
-    reading = read_signature(one.record.carrier_keys(owner), counted)
-    payload = one.record.decode_payload(owner, reading.soft)
-    result = SignatureResult(
-        log10_p=reading.log10_p,
+def _signature_result(one: Committed, owner: OwnerKey, attempt: Attempt, score: Score) -> SignatureResult:
+    reading = attempt.reading
+    # What a projection is worth for the verdict it is worth for the payload.
+    payload = one.record.decode_payload(owner, reading.soft * score.weights)
+    return SignatureResult(
+        log10_p=score.log10_p,
         correlation=reading.correlation,
         projections=reading.projections,
         bit_error_rate=reading.bit_error_rate,
@@ -240,9 +247,9 @@ def _judge_weights(one: Committed, owner: OwnerKey, tile_of: Any) -> tuple[Signa
         payload_decoded=payload == one.record.payload,
         carriers_read=reading.carriers_read,
         carriers_missing=reading.carriers_missing,
-        bytes_read=bytes_read,
+        bytes_read=attempt.bytes_read,
+        alignment=attempt.alignment,
     )
-    return result, _enough(reading)
 
 
 def _enough(reading: Reading) -> bool:

@@ -20,17 +20,16 @@ from hf_wmguard.protect import (
     Committed,
     ProtectedWriter,
     State,
-    choose_carriers,
     commit,
+    new_record,
     new_salt,
     registry_body,
 )
 from hf_wmguard.training.saving import Save, weights_go_to
 from hf_wmguard.training.schedule import Phase, Ramp
 from hf_wmguard.training.signature_step import SignatureStep
-from hf_wmguard.training.support import check_carriers, check_finite
+from hf_wmguard.training.support import carrying_shapes, check_finite
 from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
-from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.pvalues import log10_binomial_tail
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.triggers import count_matches
@@ -105,17 +104,19 @@ class Mark:
             self._triggers = TriggerStep(record.triggers, self.config.triggers, phase, tokenizer)
 
     def _plan(self, model: PreTrainedModel, parameters: dict[str, Any]) -> WatermarkRecord:
-        carriers: tuple[Carrier, ...] = ()
-        if self.config.signature is not None:
-            carriers = choose_carriers(parameters, self.config.signature)
-            check_carriers(parameters, [carrier.name for carrier in carriers])
         salt = new_salt()
-        names = {"model_id": self.config.model_id, "iteration": self.config.iteration}
         triggers = None
         if self.config.triggers is not None:
-            key = trigger_key(self.owner, **names, salt=salt)
+            key = trigger_key(self.owner, self.config.model_id, self.config.iteration, salt)
             triggers = make_triggers(key, self.config.triggers, model, self._tokenizer)
-        return WatermarkRecord.create(self.owner, **names, salt=salt, carriers=carriers, triggers=triggers)
+        return new_record(
+            self.owner,
+            self.config,
+            salt=salt,
+            shapes=carrying_shapes(parameters) if self.config.signature is not None else {},
+            read=lambda name, start, rows: parameters[name].data[start : start + rows],
+            triggers=triggers,
+        )
 
     def _commit(self, planned: WatermarkRecord) -> Committed:
         committed = commit(planned, Path(self.config.registry), self.owner)
@@ -231,14 +232,12 @@ class Mark:
                 plain_save(writer.staging, **kwargs)
             if self._signature is not None and self.committed is not None:
                 reading = writer.read_back(self._signature.keys)
-                decoded = (
-                    self.committed.record.decode_payload(self.owner, reading.soft) == self.committed.record.payload
-                )
+                payload = self.committed.record.decode_payload(self.owner, reading.soft)
                 signature = SignatureSummary(
                     bit_error_rate=reading.bit_error_rate,
                     log10_p=reading.log10_p,
                     projections=max(1, reading.projections),
-                    payload_decoded=decoded,
+                    payload_decoded=payload == self.committed.record.payload,
                     weight_change=self._signature.weight_change,
                 )
                 state = self.owner.seal(_STATE_LABEL, self._signature.state(), aad=writer.set_id.encode())

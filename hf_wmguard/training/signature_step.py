@@ -21,7 +21,6 @@ from hf_wmguard.watermark.signature import (
     move_,
     read_projections,
     residual,
-    soft_bits,
 )
 
 
@@ -40,7 +39,8 @@ class SignatureStep:
         self._parameters = parameters
         self._applied = [torch.zeros_like(key.dither) for key in keys]
         self._projections: list[Tensor] = []
-        self._norm = math.sqrt(sum(key.carrier.rms**2 * key.carrier.rows * key.carrier.shape[1] for key in keys))
+        # Of the whole matrices, as the budget counts; a tile stands for its matrix.
+        self._norm = math.sqrt(sum(key.carrier.rms**2 * math.prod(key.carrier.shape) for key in keys))
 
     @torch.no_grad()
     def run(self, strength: float) -> float:
@@ -66,13 +66,7 @@ class SignatureStep:
         """Return what the carriers said after the last move, and how far they have been moved in all."""
         if not self._projections:
             return {}
-        pairs = list(zip(self.keys, self._projections, strict=True))
-        reading = Reading(
-            soft=torch.cat([soft_bits(projections, key) for key, projections in pairs]).cpu(),
-            bits=torch.cat([key.bits.flatten() for key in self.keys]).cpu(),
-            carriers_read=len(self.keys),
-            carriers_missing=0,
-        )
+        reading = Reading.of(self.keys, self._projections)
         return {
             "wmguard/signature_loss": reading.loss,
             "wmguard/bit_error_rate": reading.bit_error_rate,

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
+from hf_wmguard.watermark.carriers import is_carrier
 
 
 def check_model(model: nn.Module | None) -> PreTrainedModel:
@@ -107,17 +108,24 @@ def check_optimizer(optimizer: Any) -> None:
                     )
 
 
-def check_carriers(parameters: dict[str, nn.Parameter], names: list[str]) -> None:
-    """Refuse carriers that the plain form of the signature cannot move.
+def carrying_shapes(parameters: dict[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the matrices that may carry the signature: trained ones of the repeated blocks.
 
     Raises:
-        UnsupportedError: A carrier that is frozen or not float32.
+        UnsupportedError: All of them are frozen, or one is not float32.
     """
-    for name in names:
-        parameter = parameters[name]
+    fit = {name: one for name, one in parameters.items() if is_carrier(name, tuple(one.shape))}
+    trained = {name: one for name, one in fit.items() if one.requires_grad}
+    if fit and not trained:
+        raise UnsupportedError(
+            f"all {len(fit)} matrices that could carry the signature are frozen",
+            hint="train some of them, or pass signature=None to mark with triggers only",
+        )
+    for name, parameter in trained.items():
         if parameter.dtype != torch.float32:
             # A shift of 1e-6 vanishes when it is rounded to bf16 or fp16: the mark would silently not be there.
             raise UnsupportedError(
                 f"{name} is {parameter.dtype}, expected float32",
                 hint="load the model with dtype=torch.float32; bf16=True in TrainingArguments keeps float32 weights",
             )
+    return {name: (one.shape[0], one.shape[1]) for name, one in trained.items()}

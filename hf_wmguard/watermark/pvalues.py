@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 _LN10 = math.log(10.0)
 # Beyond this tilt the bound would claim more than float32 phases hold: an error of 6e-8 in one cosine moves
@@ -23,44 +24,59 @@ _ROUNDING = 1e-5
 def log10_p_correlation(statistic: float, n: int) -> float:
     """Return an upper bound on log10 P(cos U_1 + ... + cos U_n >= statistic), U_j independent uniform phases.
 
+    Args and errors as `log10_p_weighted`, with all weights 1.
+    """
+    return log10_p_weighted(statistic, (1.0,), (n,))
+
+
+def log10_p_weighted(statistic: float, weights: Sequence[float], counts: Sequence[int]) -> float:
+    """Return an upper bound on log10 P(sum of w_j cos U_j >= statistic), U_j independent uniform phases.
+
     The dithers are uniform, secret and independent, so that this is H0 *whatever the suspect's weights are*.
-    Chernoff's bound n log I0(t) - t statistic holds for every t >= 0; the best t only makes it tight. A t
+    Chernoff's bound sum_j log I0(t w_j) - t statistic holds for every t >= 0; the best t only makes it tight. A t
     that is a little off can therefore never make the p-value too small.
 
     Args:
-        statistic: Sum of the sign-corrected cosines, -n to n.
-        n: Projections that were read. One that could not be read is left out of both arguments.
+        statistic: Sum of the weighted, sign-corrected cosines.
+        weights: The distinct weights, each at least 0.
+        counts: Projections that were read with each weight. One that could not be read is left out of all arguments.
     Returns:
         log10 of the bound, at most 0; finite, and falling with the statistic. 0.0 where nothing was read or
         the statistic is not positive.
     Raises:
-        ValueError: The statistic is NaN or exceeds n by more than rounding, or n is negative.
-    Source: Chernoff 1952, theorem 1. I1(t) / I0(t) = statistic / n at the best t is the maximum likelihood
-        equation of the von Mises distribution (Mardia & Jupp 2000, sec. 5.3); bracket of t: Amos 1974.
+        ValueError: The statistic is NaN or exceeds its largest possible value by more than rounding, or a weight or a
+            count is negative.
+    Source: Chernoff 1952, theorem 1. sum w I1(t w) / I0(t w) = statistic at the best t is the maximum likelihood
+        equation of the von Mises distribution (Mardia & Jupp 2000, sec. 5.3).
     """
-    if n < 0:
-        raise ValueError(f"n is {n}, expected at least 0")
-    if math.isnan(statistic) or abs(statistic) > n * (1.0 + _ROUNDING):
-        raise ValueError(f"statistic is {statistic}, expected -{n} to {n}")
+    w = torch.tensor(list(weights), dtype=torch.float64)
+    n = torch.tensor(list(counts), dtype=torch.float64)
+    if w.shape != n.shape or not bool((w >= 0).all() & (n >= 0).all()):
+        raise ValueError(f"weights {list(weights)} and counts {list(counts)} must match and be at least 0")
+    largest = float(w @ n)
+    if math.isnan(statistic) or abs(statistic) > largest * (1.0 + _ROUNDING):
+        raise ValueError(f"statistic is {statistic}, expected -{largest} to {largest}")
     if statistic <= 0.0:
         return 0.0
-    mean = min(statistic / n, 1.0)
-    tilt = _best_tilt(mean)
-    # log I0(t) - t mean, by i0e(t) = exp(-t) I0(t): I0 itself overflows at t = 714.
-    scaled = torch.special.i0e(torch.tensor(tilt, dtype=torch.float64)).item()
-    return _log10(n * (math.log(scaled) + tilt * (1.0 - mean)))
+    statistic = min(statistic, largest)
+    tilt = _best_tilt(statistic, w, n)
+    # log I0(t w) - t w, by i0e(t) = exp(-t) I0(t): I0 itself overflows at t = 714.
+    scaled = torch.special.i0e(tilt * w).log()
+    return _log10(float(n @ scaled) + tilt * (largest - statistic))
 
 
-def _best_tilt(mean: float) -> float:
-    """Return t with I1(t) / I0(t) = mean, at most `_MAX_TILT`, by bisection.
+def _best_tilt(statistic: float, weights: Tensor, counts: Tensor) -> float:
+    """Return t with sum n w I1(t w) / I0(t w) = statistic, at most `_MAX_TILT`, by bisection."""
 
-    The bracket: t / (1 + sqrt(1 + t^2)) <= I1(t) / I0(t) <= t / 2.
-    """
-    low = min(2.0 * mean, _MAX_TILT)
-    high = _MAX_TILT if mean == 1.0 else min(2.0 * mean / (1.0 - mean * mean), _MAX_TILT)
+    def mean(tilt: float) -> float:
+        phases = tilt * weights
+        return float((counts * weights) @ (torch.special.i1e(phases) / torch.special.i0e(phases)))
+
+    low, high = 0.0, 1.0
+    while high < _MAX_TILT and mean(high) < statistic:
+        low, high = high, min(2 * high, _MAX_TILT)
     while low < (middle := 0.5 * (low + high)) < high:
-        tilt = torch.tensor(middle, dtype=torch.float64)
-        if (torch.special.i1e(tilt) / torch.special.i0e(tilt)).item() < mean:
+        if mean(middle) < statistic:
             low = middle
         else:
             high = middle

@@ -7,21 +7,27 @@ carriers and triggers are derived from the owner key and the record's salt.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from hf_wmguard.canonical import require_object
 from hf_wmguard.errors import AuthenticationError, FormatError
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.watermark import payload as code
+from hf_wmguard.watermark.baseline import Baseline
 from hf_wmguard.watermark.carriers import Carrier
+from hf_wmguard.watermark.planner import Mix
 from hf_wmguard.watermark.prf import Stream
 from hf_wmguard.watermark.signature import CarrierKey
 from hf_wmguard.watermark.triggers import TriggerSet, derive_responses
 
-SCHEME = "stdm-rank1/1"
+SCHEME = "stdm-rank1/2"
 SALT_BYTES = 32
+NO_STEPS = Mix(())
 _HEX = re.compile(r"[0-9a-f]{64}")
 _RESTORE = "a record like this was never written: restore the registry from a backup"
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -31,6 +37,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "key_commitment": (str,),
     "payload": (str,),
     "carriers": (list,),
+    "steps": (list,),
+    "baselines": (list,),
     "triggers": (dict, type(None)),
     "slot": (int,),
     "scheme": (str,),
@@ -48,6 +56,8 @@ class WatermarkRecord:
         key_commitment: Hex digest that ties the record to one owner key without showing it.
         payload: Hex of the 32 bytes that the carriers spell; empty without a signature.
         carriers: The carriers, in the order of the code bits.
+        steps: How many projections have which step, in units of their tile's rms; the key says which.
+        baselines: What each carrier's tile was like before it was marked, in the same order.
         triggers: The trigger set, or None.
         slot: Which independent sub-mark.
         scheme: Name and version of the scheme.
@@ -61,6 +71,8 @@ class WatermarkRecord:
     key_commitment: str
     payload: str = ""
     carriers: tuple[Carrier, ...] = ()
+    steps: Mix = NO_STEPS
+    baselines: tuple[Baseline, ...] = ()
     triggers: TriggerSet | None = None
     slot: int = 0
     scheme: str = SCHEME
@@ -82,6 +94,11 @@ class WatermarkRecord:
             raise FormatError(
                 f"record has {projections} projections, expected at least {code.MIN_CODE_BITS}", hint=_RESTORE
             )
+        fits = len(self.baselines) == len(self.carriers) and all(
+            baseline.fits(carrier) for baseline, carrier in zip(self.baselines, self.carriers, strict=True)
+        )
+        if not fits or self.steps.projections != projections:
+            raise FormatError("record is incomplete: carriers, steps and baselines do not fit together", hint=_RESTORE)
 
     @classmethod
     def create(
@@ -91,18 +108,35 @@ class WatermarkRecord:
         model_id: str,
         iteration: str,
         salt: bytes,
-        carriers: tuple[Carrier, ...],
-        triggers: TriggerSet | None,
+        triggers: TriggerSet | None = None,
+        carriers: tuple[Carrier, ...] = (),
+        steps: Mix = NO_STEPS,
+        tile_of: Callable[[Carrier], Tensor] | None = None,
     ) -> Self:
-        """Return the record of a new marking; the payload is derived, so that it too cannot be chosen afterwards."""
+        """Return the record of a new marking; the payload is derived, so that it too cannot be chosen afterwards.
+
+        Args:
+            owner: The owner's key.
+            model_id, iteration: As for the class.
+            salt: 32 random bytes.
+            triggers: The trigger set, if any.
+            carriers, steps: What `select_carriers` chose with `carrier_stream`.
+            tile_of: Gives a carrier's tile before it is marked, any float dtype [rows, columns].
+        Raises:
+            NonFiniteWeightError: A weight is NaN or Inf.
+        """
         subkey = _Subkeys(owner, model_id, iteration, 0, salt)
+        payload = subkey("payload") if carriers else b""
+        keys = _carrier_keys(subkey, payload, carriers, steps)
         return cls(
             model_id=model_id,
             iteration=iteration,
             salt=salt.hex(),
             key_commitment=subkey("key-commitment").hex(),
-            payload=subkey("payload").hex() if carriers else "",
+            payload=payload.hex(),
             carriers=carriers,
+            steps=steps,
+            baselines=tuple(Baseline.measure(tile_of(key.carrier), key) for key in keys) if tile_of else (),
             triggers=triggers,
         )
 
@@ -112,16 +146,7 @@ class WatermarkRecord:
         Raises:
             AuthenticationError: The record was made with another owner key.
         """
-        subkey = self._subkeys(owner)
-        if not self.carriers:
-            return ()
-        total = sum(carrier.projections for carrier in self.carriers)
-        bits = code.encode(bytes.fromhex(self.payload), total, Stream(subkey("code"), "code"))
-        key, position, keys = subkey("carriers"), 0, []
-        for carrier in self.carriers:
-            keys.append(CarrierKey.derive(key, carrier, bits[position : position + carrier.projections]))
-            position += carrier.projections
-        return tuple(keys)
+        return _carrier_keys(self._subkeys(owner), bytes.fromhex(self.payload), self.carriers, self.steps)
 
     def check(self, owner: OwnerKey) -> None:
         """Check that payload and responses are what the owner key derives, not what somebody read off a victim.
@@ -149,20 +174,22 @@ class WatermarkRecord:
         return self._outline() == other._outline()
 
     def _outline(self) -> list[Any]:
-        # The ratio of step to rms is the config's; the rms itself changes while the model trains.
-        carriers = [(c.name, c.shape, c.row_start, c.rows, c.side, round(c.step / c.rms, 6)) for c in self.carriers]
+        # The salt chooses tiles, and the rms changes while the model trains: neither is the config's.
+        carriers = [(c.shape, c.rows, c.rank) for c in self.carriers]
         triggers = self.triggers and (
             self.triggers.task,
             self.triggers.style,
             [len(c) for c in self.triggers.candidates],
         )
-        return [self.model_id, self.iteration, self.slot, carriers, triggers]
+        return [self.model_id, self.iteration, self.slot, sorted(carriers), self.steps.parts, triggers]
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary that `from_json` reads."""
         value = {field.name: getattr(self, field.name) for field in fields(self)}
         return value | {
             "carriers": [carrier.to_json() for carrier in self.carriers],
+            "steps": [[step, count] for step, count in self.steps.parts],
+            "baselines": [baseline.to_json() for baseline in self.baselines],
             "triggers": self.triggers.to_json() if self.triggers else None,
         }
 
@@ -179,6 +206,8 @@ class WatermarkRecord:
             **{
                 **checked,
                 "carriers": tuple(Carrier.from_json(item) for item in checked["carriers"]),
+                "steps": Mix.from_json(checked["steps"]),
+                "baselines": tuple(Baseline.from_json(item) for item in checked["baselines"]),
                 "triggers": TriggerSet.from_json(triggers) if triggers is not None else None,
             }
         )
@@ -199,6 +228,24 @@ class WatermarkRecord:
         return subkeys
 
 
+def _carrier_keys(
+    subkey: Callable[[str], bytes], payload: bytes, carriers: tuple[Carrier, ...], steps: Mix
+) -> tuple[CarrierKey, ...]:
+    if not carriers:
+        return ()
+    total = sum(carrier.projections for carrier in carriers)
+    bits = code.encode(payload, total, Stream(subkey("code"), "code"))
+    key, position, keys = subkey("carriers"), 0, []
+    # Which projection has which step is secret too: an attacker cannot aim at the few large ones.
+    order = Stream(key, "steps").uniform(total).argsort(stable=True)
+    levels = torch.tensor([step for step, count in steps.parts for _ in range(count)], dtype=torch.float64)[order]
+    for carrier in carriers:
+        part = slice(position, position + carrier.projections)
+        keys.append(CarrierKey.derive(key, carrier, bits[part], levels[part]))
+        position = part.stop
+    return tuple(keys)
+
+
 @dataclass(frozen=True, slots=True)
 class _Subkeys:
     owner: OwnerKey
@@ -215,6 +262,11 @@ class _Subkeys:
             slot=self.slot,
             salt=self.salt,
         )
+
+
+def carrier_stream(owner: OwnerKey, model_id: str, iteration: str, salt: bytes) -> Stream:
+    """Return the stream that chooses which matrices carry, and which of their rows."""
+    return Stream(_Subkeys(owner, model_id, iteration, 0, salt)("tiles"), "tiles")
 
 
 def trigger_key(owner: OwnerKey, model_id: str, iteration: str, salt: bytes) -> bytes:

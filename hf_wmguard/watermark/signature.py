@@ -6,22 +6,25 @@ for any fixed P, (P - d) mod D is uniform, so that without the key each cos(2 pi
 cos(uniform) *whatever the weights are*. That is what makes the p-value exact.
 
 Source: Chen & Wornell 2001, "Quantization index modulation", sec. V (spread-transform dither modulation).
-Deviation: directions are rank-1 sign patterns, so that reading costs one thin matrix product.
+Deviation: directions are rank-1 sign patterns, so that reading costs one thin matrix product; the step differs from
+projection to projection, because small steps survive merging and large ones pruning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from hf_wmguard.errors import FormatError, NonFiniteWeightError
 from hf_wmguard.watermark.carriers import Carrier
+from hf_wmguard.watermark.planner import ERROR_LEVELS, weights_for
 from hf_wmguard.watermark.prf import Stream
-from hf_wmguard.watermark.pvalues import log10_p_correlation
+from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_p_weighted
 
 _MAX_STEPS = 2.0**32
 
@@ -31,50 +34,67 @@ class CarrierKey:
     """The secret half of one carrier, and what is precomputed from it.
 
     Args:
-        carrier: Where it is read.
-        left: Unit-norm sign columns A, float32 [o, m].
-        right: Unit-norm sign columns B, float32 [i, m].
-        dither: d in [0, D), float64 [m, m].
-        bits: Code bits c, float64 [m, m] of 0 and 1.
-        left_inverse: A (A^T A)^-1, float32 [o, m].
-        right_inverse: B (B^T B)^-1, float32 [i, m].
+        carrier: Where it is read, by l x r directions.
+        left: Unit-norm columns A, float32 [o, l].
+        right: Unit-norm columns B, float32 [i, r].
+        step: Quantisation step D of each projection, in units of the weights, float64 [l, r].
+        dither: d in [0, D), float64 [l, r].
+        bits: Code bits c, float64 [l, r] of 0 and 1.
+        left_inverse: A (A^T A)^-1, float32 [o, l].
+        right_inverse: B (B^T B)^-1, float32 [i, r].
     """
 
     carrier: Carrier
     left: Tensor
     right: Tensor
+    step: Tensor
     dither: Tensor
     bits: Tensor
     left_inverse: Tensor
     right_inverse: Tensor
 
     @classmethod
-    def derive(cls, key: bytes, carrier: Carrier, bits: Tensor) -> CarrierKey:
+    def derive(cls, key: bytes, carrier: Carrier, bits: Tensor, steps: Tensor) -> CarrierKey:
         """Return the key of one carrier.
 
         Args:
             key: 32 bytes, the model's carrier subkey.
             carrier: Where it is read.
-            bits: Its code bits, any dtype [m * m].
+            bits: Its code bits, any dtype [l * r].
+            steps: Its steps in units of the carrier's rms, float64 [l * r].
         """
-        side = carrier.side
-        stream = Stream(key, "carrier", carrier.name, carrier.row_start, carrier.rows, side)
-        left = stream.signs(carrier.rows, side) / math.sqrt(carrier.rows)
-        right = stream.signs(carrier.shape[1], side) / math.sqrt(carrier.shape[1])
+        stream = Stream(key, "carrier", carrier.name, carrier.row_start, carrier.rows, *carrier.sides)
+        left = stream.signs(carrier.rows, carrier.sides[0]) / math.sqrt(carrier.rows)
+        right = _right_directions(carrier, stream)
+        step = (steps.double() * carrier.rms).reshape(carrier.sides)
         return cls(
             carrier=carrier,
             left=left,
             right=right,
-            dither=(stream.uniform(side**2) * carrier.step).reshape(side, side),
-            bits=bits.double().reshape(side, side),
+            step=step,
+            dither=stream.uniform(carrier.projections).reshape(carrier.sides) * step,
+            bits=bits.double().reshape(carrier.sides),
             left_inverse=_right_factor(left),
             right_inverse=_right_factor(right),
         )
 
     def to(self, device: torch.device) -> CarrierKey:
         """Return the same key on another device."""
-        names = ("left", "right", "dither", "bits", "left_inverse", "right_inverse")
+        names = ("left", "right", "step", "dither", "bits", "left_inverse", "right_inverse")
         return CarrierKey(carrier=self.carrier, **{name: getattr(self, name).to(device) for name in names})
+
+
+def _right_directions(carrier: Carrier, stream: Stream) -> Tensor:
+    columns, count = carrier.shape[1], carrier.sides[1]
+    if not carrier.basis:
+        return stream.signs(columns, count) / math.sqrt(columns)
+    # An adapter's change has no component outside its row space: a direction there would cost sqrt(columns / rank)
+    # times as much. Inside it, the key turns the basis, so that the directions stay secret.
+    basis = torch.frombuffer(bytearray(carrier.basis), dtype=torch.int8).reshape(columns, carrier.rank).double()
+    turn = torch.linalg.qr(2 * stream.uniform(carrier.rank**2).reshape(carrier.rank, carrier.rank) - 1).Q
+    directions = torch.linalg.qr(basis).Q @ turn[:, :count]
+    unit: Tensor = directions / torch.linalg.vector_norm(directions, dim=0)
+    return unit.float().contiguous()
 
 
 def _right_factor(columns: Tensor) -> Tensor:
@@ -91,7 +111,7 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
         tile: Weights, any float dtype [o, i], on any device.
         key: Its carrier key.
     Returns:
-        float64 [m, m], in units of the weights, on the key's device.
+        float64 [l, r], in units of the weights, on the key's device.
     Raises:
         FormatError: The tile has another shape, or projections more than 2^32 steps from zero.
         NonFiniteWeightError: A weight in it is NaN or Inf.
@@ -110,7 +130,7 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
             hint="in training: lower the learning rate and resume; in a suspect: the file is damaged",
         )
     # Beyond this a double no longer resolves the dither, and with it the p-value. The rule looks at the weights only.
-    if float(projections.abs().max()) > _MAX_STEPS * key.carrier.step:
+    if float(projections.abs().max()) > _MAX_STEPS * float(key.step.min()):
         raise FormatError(
             f"{key.carrier.name}: weights are out of all proportion to the record", hint="the file is damaged"
         )
@@ -118,15 +138,14 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
 
 
 def soft_bits(projections: Tensor, key: CarrierKey) -> Tensor:
-    """Return cos(2 pi (P - d) / D), float64 [m * m]: +1 reads as code bit 0, -1 as code bit 1."""
-    return torch.cos(2 * math.pi * (projections - key.dither) / key.carrier.step).flatten()
+    """Return cos(2 pi (P - d) / D), float64 [l * r]: +1 reads as code bit 0, -1 as code bit 1."""
+    return torch.cos(2 * math.pi * (projections - key.dither) / key.step).flatten()
 
 
 def residual(projections: Tensor, key: CarrierKey) -> Tensor:
-    """Return Q(P) - P, float64 [m, m]: the way to the nearest point of the lattice d + c D/2 + D Z."""
-    step = key.carrier.step
-    offset = projections - key.dither - key.bits * (step / 2)
-    return step * torch.round(offset / step) - offset
+    """Return Q(P) - P, float64 [l, r]: the way to the nearest point of the lattice d + c D/2 + D Z."""
+    offset = projections - key.dither - key.bits * (key.step / 2)
+    return key.step * torch.round(offset / key.step) - offset
 
 
 def move_(tile: Tensor, key: CarrierKey, shift: Tensor) -> None:
@@ -137,7 +156,7 @@ def move_(tile: Tensor, key: CarrierKey, shift: Tensor) -> None:
     Args:
         tile: float32 [o, i], contiguous rows.
         key: Its carrier key.
-        shift: float64 [m, m], in units of the weights.
+        shift: float64 [l, r], in units of the weights.
     """
     tile.addmm_(key.left_inverse @ shift.to(tile.dtype), key.right_inverse.T)
 
@@ -153,20 +172,59 @@ def change_norm(key: CarrierKey, shift: Tensor) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a reading proves.
+
+    Args:
+        log10_p: Proven upper bound of log10 of the smallest p-value that any weighting gave, before correction.
+        tests: Number of weightings that were tried.
+        weights: The weight of each projection that gave it, float64 [n].
+    """
+
+    log10_p: float
+    tests: int
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """What was read along the key's directions.
 
     Args:
         soft: cos(2 pi (P - d) / D) for every projection of the scheme, float64 [n]; 0 where nothing could be read.
         bits: The code bits, float64 [n].
+        steps: D in units of each tile's rms, float64 [n].
         carriers_read: Carriers found.
         carriers_missing: Carriers not found, of another shape, or with weights that are not finite.
     """
 
     soft: Tensor
     bits: Tensor
+    steps: Tensor
     carriers_read: int
     carriers_missing: int
+
+    @classmethod
+    def of(cls, keys: Sequence[CarrierKey], projections: Sequence[Tensor | None]) -> Self:
+        """Return what projections say along the keys.
+
+        Args:
+            keys: All carriers of the scheme, in order.
+            projections: Those of each carrier, float64 [l, r], or None where they cannot be read.
+        """
+        soft = [
+            torch.zeros(key.carrier.projections, dtype=torch.float64) if read is None else soft_bits(read, key).cpu()
+            for key, read in zip(keys, projections, strict=True)
+        ]
+        missing = sum(read is None for read in projections)
+        return cls(
+            soft=torch.cat(soft),
+            bits=torch.cat([key.bits.flatten().cpu() for key in keys]),
+            # Rounded, because steps that were equal must be so again after a multiplication and a division.
+            steps=torch.cat([(key.step / key.carrier.rms).flatten().cpu() for key in keys]).round(decimals=9),
+            carriers_read=len(keys) - missing,
+            carriers_missing=missing,
+        )
 
     @property
     def projections(self) -> int:
@@ -176,11 +234,11 @@ class Reading:
     @property
     def statistic(self) -> float:
         """Sum over the projections of (-1)^c cos(2 pi (P - d) / D)."""
-        return float(torch.sum((1 - 2 * self.bits) * self.soft))
+        return float(self._cosines().sum())
 
     @property
     def correlation(self) -> float:
-        """The statistic over its largest possible value; about 0 without the mark, 1 right after embedding."""
+        """Mean of (-1)^c cos(2 pi (P - d) / D); about 0 without the mark, 1 right after embedding."""
         return self.statistic / max(1, self.projections)
 
     @property
@@ -196,10 +254,35 @@ class Reading:
         """The signature loss, mean(1 - cos(2 pi (P - d - c D/2) / D)) / 2; 0 when all are on the lattice."""
         return (1 - self.correlation) / 2
 
+    def score(self) -> Score:
+        """Return the best p-value of several weightings, each made for another size of error.
+
+        Strong noise leaves only the large steps readable, and the others would drown them; after a merge all count
+        alike. The weightings are fixed before anything is read, and each is a test.
+        """
+        cosines, read = self._cosines(), self.soft != 0
+        steps = torch.unique(self.steps)
+        # With a single step all weightings are the same test.
+        levels = ERROR_LEVELS if len(steps) > 1 else ERROR_LEVELS[:1]
+        members = self.steps[:, None] == steps
+        counts = (members & read[:, None]).sum(0).tolist()
+        sums = (members * cosines[:, None]).sum(0)
+        best: Score | None = None
+        for error in levels:
+            weights = weights_for(error, steps)
+            log10_p = log10_p_weighted(float(weights @ sums), weights.tolist(), counts)
+            if best is None or log10_p < best.log10_p:
+                best = Score(log10_p=log10_p, tests=len(levels), weights=weights_for(error, self.steps))
+        return best or Score(log10_p=0.0, tests=1, weights=torch.ones_like(self.steps))
+
     @property
     def log10_p(self) -> float:
-        """Proven upper bound of log10 of the p-value under "made without this key"."""
-        return log10_p_correlation(self.statistic, self.projections)
+        """Proven upper bound of log10 of the p-value under "made without this key", for all weightings tried."""
+        score = self.score()
+        return log10_bonferroni(score.log10_p, score.tests)
+
+    def _cosines(self) -> Tensor:
+        return (1 - 2 * self.bits) * self.soft
 
 
 def read_signature(keys: Iterable[CarrierKey], tile_of: Callable[[Carrier], Tensor | None]) -> Reading:
@@ -209,18 +292,15 @@ def read_signature(keys: Iterable[CarrierKey], tile_of: Callable[[Carrier], Tens
         keys: All carriers of the scheme, in order.
         tile_of: Gives a carrier's tile, any float dtype [o, i], or None where there is none.
     """
-    soft, bits, read, missing = [], [], 0, 0
-    for key in keys:
-        tile = tile_of(key.carrier)
-        bits.append(key.bits.flatten().cpu())
-        try:
-            values = None if tile is None else soft_bits(read_projections(tile, key), key).cpu()
-        except (FormatError, NonFiniteWeightError):
-            values = None
-        if values is None:
-            missing += 1
-            values = torch.zeros(key.carrier.projections, dtype=torch.float64)
-        else:
-            read += 1
-        soft.append(values)
-    return Reading(soft=torch.cat(soft), bits=torch.cat(bits), carriers_read=read, carriers_missing=missing)
+    keys = tuple(keys)
+    return Reading.of(keys, [try_projections(tile_of(key.carrier), key) for key in keys])
+
+
+def try_projections(tile: Tensor | None, key: CarrierKey) -> Tensor | None:
+    """Return what `read_projections` does, or None where there is no tile or it cannot be read."""
+    if tile is None:
+        return None
+    try:
+        return read_projections(tile, key)
+    except (FormatError, NonFiniteWeightError):
+        return None
