@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_wmguard.errors import FormatError, NotFoundError
-from hf_wmguard.suspects.reader import digest, find_tensor, open_suspect, tile_reader, weight_files
+from hf_wmguard.suspects.locate import Layout
+from hf_wmguard.suspects.reader import digest, open_suspect, tile_reader, weight_files
 from hf_wmguard.watermark.carriers import Carrier
 
 SHAPE = (6, 4)
@@ -147,8 +148,14 @@ def test_what_cannot_be_a_carrier_is_missing() -> None:
     with open_suspect(tensors) as suspect:
         tile_of = tile_reader(suspect)
         assert tile_of(carrier()) is None  # packed integers are not the weights
-        assert tile_of(carrier("layers.2.w")) is None  # another shape
+        assert tile_of(carrier("layers.2.w", (6, 5))) is None  # another shape
         assert tile_of(carrier("layers.3.w")) is None
+
+
+def place_of(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    with open_suspect({name: torch.empty(shape) for name, shape in shapes.items()}) as suspect:
+        location = Layout(suspect).locate("layers.1.w", SHAPE)
+    return location and location.pieces[0].tensor
 
 
 @pytest.mark.parametrize(
@@ -173,13 +180,12 @@ def test_what_cannot_be_a_carrier_is_missing() -> None:
     ],
 )
 def test_a_name_is_found_with_or_without_its_prefix(names: list[str], found: str | None) -> None:
-    assert find_tensor("layers.1.w", SHAPE, dict.fromkeys(names, SHAPE)) == found
+    assert place_of(dict.fromkeys(names, SHAPE)) == found
 
 
 def test_the_shape_decides_between_names() -> None:
     shapes: dict[str, tuple[int, ...]] = {"layers.1.w": (6, 5), "a.layers.1.w": SHAPE, "b.layers.1.w": (4, 6)}
-    assert find_tensor("layers.1.w", SHAPE, shapes) == "a.layers.1.w"
-    assert find_tensor("layers.1.w", (6,), shapes) is None
+    assert place_of(shapes) == "a.layers.1.w"
 
 
 def test_a_renamed_suspect_is_read(tmp_path: Path) -> None:
@@ -260,9 +266,9 @@ def test_folders_and_files_that_are_no_suspect(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no weights") as caught:
         weight_files(tmp_path)
     assert "save_model" in caught.value.hint
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.onnx").write_bytes(b"x")
     with pytest.raises(FormatError, match="unknown kind"):
-        weight_files(tmp_path / "model.gguf")
+        weight_files(tmp_path / "model.onnx")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "model.safetensors")
         with pytest.raises(NotFoundError):

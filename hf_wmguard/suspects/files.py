@@ -1,0 +1,95 @@
+"""Which files hold a suspect's weights, and what their digest is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hf_wmguard.errors import FormatError, NotFoundError
+from hf_wmguard.suspects.sources import read_bounded
+
+INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_NAMES = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+)
+MAX_INDEX_BYTES = 64 << 20
+GGUF_SUFFIX = ".gguf"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+# What a Trainer writes beside the weights.
+_NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
+_HASH_THREADS = 8
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """Return the weight files of a suspect: the file itself, or those of a folder.
+
+    In a folder these are the files its index names, a file of a canonical name, or else all files of one kind.
+
+    Raises:
+        NotFoundError: No such path, no weights in the folder, or a file that the index names is missing.
+        FormatError: An index that cannot be read, or names files outside the folder; an unknown kind of file.
+    """
+    if path.is_file():
+        known = (".safetensors", GGUF_SUFFIX, *PICKLE_SUFFIXES)
+        if path.suffix not in known:
+            raise FormatError(
+                f"{path}: unknown kind of weight file {path.suffix!r}", hint=f"expected {', '.join(known)}"
+            )
+        return (path,)
+    if not path.is_dir():
+        raise NotFoundError(f"no suspect at {path}", hint="give a folder or a weight file")
+    for name in INDEX_NAMES:
+        if (path / name).is_file():
+            return _indexed_files(path / name)
+    for name in SINGLE_NAMES:
+        if (path / name).is_file():
+            return (path / name,)
+    for suffix in (".safetensors", GGUF_SUFFIX, ".bin"):
+        found = [file for file in path.glob(f"*{suffix}") if file.is_file() and file.name not in _NOT_WEIGHTS]
+        if found:
+            return tuple(sorted(found))
+    raise NotFoundError(
+        f"{path} holds no weights (looked for {', '.join(SINGLE_NAMES)}, their indexes, "
+        f"and any .safetensors, {GGUF_SUFFIX} or .bin)",
+        hint="if this is the output folder of a run, the run ended without a save: call trainer.save_model()",
+    )
+
+
+def _indexed_files(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(read_bounded(index, MAX_INDEX_BYTES))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(
+            f"{index} is not an index of weights: {error}", hint="the file is damaged; fetch it again"
+        ) from None
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise FormatError(
+            f"{index} names no files, or files outside its folder", hint="give the weight files one by one"
+        )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise NotFoundError(f"{index.parent} lacks {', '.join(missing)}", hint="fetch the missing shards")
+    return tuple(index.parent / name for name in names)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 over the names and the SHA-256 of all weight files of a suspect, as hex."""
+    files = weight_files(path)
+    # Hashing releases the interpreter lock, so that shards are hashed side by side.
+    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1, len(files))) as pool:
+        hashes = list(pool.map(_hash, files))
+    total = hashlib.sha256()
+    for file, one in zip(files, hashes, strict=True):
+        total.update(f"{file.name}\0{one}\n".encode())
+    return total.hexdigest()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
