@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,8 @@ from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.probing.local import answers, task_of
 from hf_wmguard.protect import Committed
-from hf_wmguard.suspects.reader import digest, open_suspect, tile_reader
+from hf_wmguard.suspects.reader import digest, open_suspect
 from hf_wmguard.suspects.signature import Attempt, read_attempts
-from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_poisson_binomial_tail
 from hf_wmguard.watermark.signature import Reading, Score
 from hf_wmguard.watermark.triggers import count_matches
@@ -119,6 +119,7 @@ def verify(
     registry: str | Path,
     model_id: str | None = None,
     identity: str | None = None,
+    original: Source | None = None,
     alpha_log10: float = DEFAULT_ALPHA_LOG10,
 ) -> Report:
     """Judge a suspect by its weights.
@@ -129,6 +130,8 @@ def verify(
         registry: The owner's registry.
         model_id: Only this model's commitments; all of them by default, which the p-value is corrected for.
         identity: Reference to a private key for a protected folder; the owner key opens the owner's own.
+        original: The owner's own model, marked or not: the suspect is aligned to it, which undoes permuted, scaled,
+            rotated and split parts. Every alignment tried is corrected for.
         alpha_log10: Level of the verdict, log10.
     Raises:
         RegistryError: The registry holds no commitment to judge by.
@@ -146,14 +149,19 @@ def verify(
     identities: tuple[Identity, ...] = (X25519Identity.from_owner(owner),)
     if identity is not None:
         identities = (load_identity(identity), *identities)
-    with open_suspect(suspect, identities=identities) as opened:
-        tile_of = tile_reader(opened)
-        tried = [(one, attempt) for one in candidates for attempt in _attempts(one, owner, tile_of)]
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_suspect(suspect, identities=identities))
+        own = None if original is None else stack.enter_context(open_suspect(original, identities=identities))
+        tried = [
+            (one, attempt)
+            for one in candidates
+            for attempt in read_attempts(one.record, one.record.carrier_keys(owner), opened, original=own)
+        ]
     scored = [(one, attempt, attempt.reading.score()) for one, attempt in tried]
     best, attempt, score = min(scored, key=lambda item: (item[2].log10_p, not _enough(item[1].reading)))
     return _report(
         best,
-        sum(score.tests for _, _, score in scored),
+        sum(attempt.tests * score.tests for _, attempt, score in scored),
         alpha_log10,
         enough=any(_enough(attempt.reading) for _, attempt in tried),
         signature=_signature_result(best, owner, attempt, score),
@@ -228,10 +236,6 @@ def _committed(owner: OwnerKey, registry: str | Path, model_id: str | None) -> l
     for one in committed:
         one.record.check(owner)
     return committed
-
-
-def _attempts(one: Committed, owner: OwnerKey, tile_of: Callable[[Carrier], Tensor | None]) -> list[Attempt]:
-    return read_attempts(one.record, one.record.carrier_keys(owner), tile_of)
 
 
 def _signature_result(one: Committed, owner: OwnerKey, attempt: Attempt, score: Score) -> SignatureResult:

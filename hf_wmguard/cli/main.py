@@ -80,11 +80,16 @@ def keygen(
 
 @app.command()
 def verify(
-    suspect: Annotated[Path, typer.Argument(help="Folder, .safetensors, .bin, .pt, or a protected folder.")],
+    suspect: Annotated[
+        Path, typer.Argument(help="A folder (model, adapter, protected), .safetensors, .gguf, .bin or .pt.")
+    ],
     owner_key: OwnerKeyOption,
     registry: RegistryOption,
     model_id: ModelIdOption = None,
     identity: IdentityOption = None,
+    original: Annotated[
+        Path | None, typer.Option("--original", help="Your own model: the suspect is aligned with it first.")
+    ] = None,
     alpha_log10: AlphaOption = -9.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -98,6 +103,7 @@ def verify(
             registry=registry,
             model_id=model_id,
             identity=identity,
+            original=original,
             alpha_log10=alpha_log10,
         )
     _print_report(report, as_json)

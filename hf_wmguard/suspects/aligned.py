@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_wmguard.suspects.reader import Suspect
 from hf_wmguard.suspects.roles import ATTENTION, READS_RESIDUAL, Block, Heads, Part, find_blocks, find_embedding
+from hf_wmguard.suspects.sources import Suspect
 from hf_wmguard.watermark.align import Basis, Neurons, best_cosine, fit_basis, fit_neurons
 from hf_wmguard.watermark.align_heads import HeadMaps, fit_heads
 
@@ -91,7 +91,7 @@ class _Layer:
     gains_moved: bool = False
 
 
-class Aligned:
+class Aligned(Suspect):
     """A suspect under the reference's names and shapes and in its coordinates; itself a `Suspect`.
 
     Only matrices of numbered blocks are given, as float32, and only those that could be mapped. A block that was

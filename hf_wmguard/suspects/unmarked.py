@@ -11,27 +11,38 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from hf_wmguard.suspects.reader import Suspect, find_tensor
+from hf_wmguard.errors import FormatError
+from hf_wmguard.suspects.locate import Layout
+from hf_wmguard.suspects.sources import Suspect
+from hf_wmguard.watermark.baseline import Baseline
 from hf_wmguard.watermark.record import WatermarkRecord
 from hf_wmguard.watermark.signature import CarrierKey
 
 
-class Unmarked:
+class Unmarked(Suspect):
     """A suspect of the same names and shapes as the original, without the mark of one record.
 
     Args:
         original: The owner's own model, marked or not.
         record: The private record.
         keys: Its carrier keys.
+    Raises:
+        FormatError: The original lacks a carrier.
     """
 
     def __init__(self, original: Suspect, record: WatermarkRecord, keys: Sequence[CarrierKey]) -> None:
         self._original = original
-        shapes = original.shapes()
-        self._marks = {
-            find_tensor(key.carrier.name, key.carrier.shape, shapes): (key, baseline)
-            for key, baseline in zip(keys, record.baselines, strict=True)
-        }
+        self.config = original.config
+        layout = Layout(original)
+        self._marks: dict[str, tuple[CarrierKey, Baseline]] = {}
+        for key, baseline in zip(keys, record.baselines, strict=True):
+            location = layout.locate(key.carrier.name, key.carrier.shape)
+            if location is None or len(location.pieces) > 1 or location.pieces[0].rows != key.carrier.shape[0]:
+                raise FormatError(
+                    f"the original does not hold {key.carrier.name} as it was marked",
+                    hint="give the model that was marked as --original, or its source",
+                )
+            self._marks[location.pieces[0].tensor] = (key, baseline)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
