@@ -23,9 +23,6 @@ from hf_wmguard.watermark.signature import CarrierKey, Reading, try_projections
 
 _STRETCHED = 0.1
 """Root mean square of the log ratio of norms from which rows or columns count as scaled; training moves it by less."""
-_ALIKE = 0.5
-"""Correlation with the baseline from which a tile is the same one: another's is 0 +- 0.1 at 100 projections, while
-noise of one rms, or 90% pruned, leaves about 0.7."""
 _PROBES = 12
 
 
@@ -133,25 +130,43 @@ def _look(suspect: Suspect, location: Location, key: CarrierKey, baseline: Basel
     )
 
 
+def _alike(projections: int) -> float:
+    """Return the correlation with the baseline from which a tile is the same one.
+
+    Another tile's is 0 +- 1 / sqrt(n); noise of one rms, or 90% pruned, still leaves about 0.7.
+    """
+    return min(0.9, max(0.5, 4.5 / projections**0.5))
+
+
 def _search(
     tiles: Sequence[tuple[CarrierKey, Baseline]], found: list[_Found], suspect: Suspect, layout: Layout
 ) -> bool:
     """Put tiles that are not where their names say at the place that holds them; return whether any was moved.
 
     A few are looked for first: of a model that is not the owner's none is found anywhere, and the search ends there.
+    Where some were moved, what was found nowhere is no tile of the owner's, and is not read.
     """
-    unlike = [index for index, one in enumerate(found) if one.likeness < _ALIKE]
-    order = sorted(unlike, key=lambda index: index * _PROBES % max(1, len(tiles)))
+    unlike = [i for i, (key, _) in enumerate(tiles) if found[i].likeness < _alike(key.carrier.projections)]
+    # The largest first, whose likeness says most.
+    unlike.sort(key=lambda i: -tiles[i][0].carrier.projections)
     moved = 0
-    for turn, index in enumerate(order):
+    for turn, i in enumerate(unlike):
         if turn == _PROBES and not moved:
-            break
-        key, baseline = tiles[index]
-        best = found[index]
-        for location in layout.locations(key.carrier.shape):
-            other = _look(suspect, location, key, baseline)
-            if other.likeness > max(_ALIKE, best.likeness):
-                best = other
-        moved += best is not found[index]
-        found[index] = best
+            return False
+        key, baseline = tiles[i]
+        scores = {
+            location: _likeness(suspect, location, key, baseline) for location in layout.locations(key.carrier.shape)
+        }
+        best = max(scores, key=scores.__getitem__, default=None)
+        if best is not None and scores[best] >= _alike(key.carrier.projections):
+            found[i], moved = _look(suspect, best, key, baseline), moved + 1
+    for i in unlike if moved else ():
+        if found[i].likeness < _alike(tiles[i][0].carrier.projections):
+            found[i] = _Found(bytes_read=found[i].bytes_read)
     return moved > 0
+
+
+def _likeness(suspect: Suspect, location: Location, key: CarrierKey, baseline: Baseline) -> float:
+    tile = location.read(suspect, key.carrier.row_start, key.carrier.rows)
+    projections = try_projections(tile, key) if tile.is_floating_point() else None
+    return 0.0 if projections is None else baseline.likeness(projections, key)
