@@ -47,7 +47,7 @@ def qkv_runs(fused: str, part: int, rows: int, stored: int, config: Mapping[str,
         config: The suspect's ``config.json``.
     Source: the attention modules of transformers 5.23; the docstring of `hf_wmguard.suspects.locate` has the list.
     """
-    kind = config.get("model_type")
+    kind = model_type(config)
     plain = Runs(offset=(0, stored - 2 * rows, stored - rows)[part])
     if fused == "query_key_value":
         return _query_key_value(kind, part, rows, stored, config, plain)
@@ -60,8 +60,14 @@ def qkv_runs(fused: str, part: int, rows: int, stored: int, config: Mapping[str,
     return plain
 
 
+def model_type(config: Mapping[str, Any]) -> str:
+    """Return the kind of model that a config names, or nothing."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
+
+
 def _query_key_value(
-    kind: object, part: int, rows: int, stored: int, config: Mapping[str, Any], plain: Runs
+    kind: str, part: int, rows: int, stored: int, config: Mapping[str, Any], plain: Runs
 ) -> Runs | None:
     if kind in _PER_HEAD:
         return _per_group(part, rows, stored, 1, _heads_of(config))

@@ -23,6 +23,7 @@ from hf_wmguard.suspects.sources import Suspect, matrix_shape
 _PERMUTED = frozenset(
     {
         "llama",
+        "llama-embed",
         "mistral3",
         "llada",
         "deci",
@@ -35,6 +36,7 @@ _PERMUTED = frozenset(
         "xverse",
         "smollm3",
         "arcee",
+        "chameleon",
     }
 )
 _PERMUTED_TENSOR = re.compile(r"blk\.(\d+)\.attn_(q|k)\.weight")
@@ -44,7 +46,6 @@ _REARRANGED = {
     "bloom": "attn_qkv",
     "gptneox": "attn_qkv",
     "falcon": "attn_qkv",
-    "codegen": "attn_qkv",
     "gpt2": "attn_output",
     "qwen3next": "attn_qkv|attn_gate|ssm_",
     "qwen35": "attn_qkv|attn_gate|ssm_",

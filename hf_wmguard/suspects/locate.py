@@ -21,7 +21,7 @@ from operator import eq
 import torch
 from torch import Tensor
 
-from hf_wmguard.suspects.fusing import Runs, qkv_runs
+from hf_wmguard.suspects.fusing import Runs, model_type, qkv_runs
 from hf_wmguard.suspects.sources import Suspect, matrix_shape
 
 _ATTENTION = re.compile(
@@ -216,7 +216,7 @@ class Layout:
         # As transformers stacks them, and as GGUF does: each of the three apart.
         found = []
         for stacked, out, offset in (*fused, (leaf, rows, 0), (_LEAVES[leaf], rows, 0)):
-            transposed = self._suspect.config.get("model_type") in _EXPERTS_TRANSPOSED
+            transposed = model_type(self._suspect.config) in _EXPERTS_TRANSPOSED
             inner = (columns, out) if transposed else (out, columns)
             for parent in _parents(match["parent"]):
                 for ending in ("", ".weight"):
@@ -343,6 +343,8 @@ def _offsets(rows: int, stored: int) -> list[int]:
     return sorted(offsets)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts layer 2 before layer 10; digits are compared by length first, however many."""
-    return [(len(part.lstrip("0")) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Return a sort key that puts layer 2 before layer 10; numbers are compared by length first, however long."""
+    parts = re.split(r"(\d+)", name)
+    numbers = [part.lstrip("0") if part.isdigit() else part for part in parts]
+    return [(len(text) if part.isdigit() else 0, text) for part, text in zip(parts, numbers, strict=True)], name

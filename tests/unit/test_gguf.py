@@ -292,7 +292,7 @@ def test_a_file_cut_short_anywhere(tmp_path: Path) -> None:
     whole = write(tmp_path / "x.gguf", {UP: quantized(random(8), Type.Q8_0)}).read_bytes()
     for size in [*range(0, 200, 7), len(whole) // 2, len(whole) - 40]:
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        with pytest.raises(FormatError, match="cut short|not a readable"), open_suspect(tmp_path / "cut.gguf"):
+        with pytest.raises(FormatError, match="not a readable GGUF file"), open_suspect(tmp_path / "cut.gguf"):
             pass
 
 

@@ -43,6 +43,23 @@ def test_scales_of_scales_are_found_across_their_blocks() -> None:
         assert suspect.shapes() == {name: (40, 500)}
         assert torch.equal(suspect.rows(name, 25, 15), expected)
         assert torch.equal(suspect.rows(name, 32, 3), expected[7:10])
+        # Beyond the first 256 blocks.
+        assert torch.equal(suspect.rows(name, 36, 3), expected[11:14])
+
+
+def test_rows_may_begin_within_a_byte(tmp_path: Path) -> None:
+    name = "model.layers.0.w.weight"
+    described = f"{name}.quant_state.bitsandbytes__nf4"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        fields = json.loads(bytes(tensors[described].tolist())) | {"shape": [160, 125]}
+        tensors[described] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+    path = damage(CHECKPOINTS / "bnb-nf4-large", change, tmp_path)
+    expected = load_file(CHECKPOINTS / "bnb-nf4-large" / "expected.safetensors")[name].reshape(60, 125)
+    with open_suspect(path) as suspect:
+        for start, count in [(101, 3), (102, 1), (159, 1)]:
+            assert torch.equal(suspect.rows(name, start, count), expected[start - 100 :][:count])
 
 
 def test_only_the_tile_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,64 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(save_file, ".safetensors"), (torch.save, ".bin")],
+)
+def test_a_folder_of_other_names(write: Any, suffix: str, tmp_path: Path) -> None:
+    tensors = example()
+    torch.save({"learning_rate": 1}, tmp_path / "training_args.bin")
+    for number, names in enumerate((["layers.0.w"], ["layers.1.w", "layers.1.b"])):
+        write({name: tensors[name] for name in names}, tmp_path / f"part{number}{suffix}")
+    assert weight_files(tmp_path) == (tmp_path / f"part0{suffix}", tmp_path / f"part1{suffix}")
+    with open_suspect(tmp_path) as suspect:
+        assert torch.equal(suspect.rows("layers.1.w", 2, 3), tensors["layers.1.w"][2:5])
+        assert set(suspect.shapes()) == set(tensors)
+    write({"layers.0.w": tensors["layers.0.w"]}, tmp_path / f"part2{suffix}")
+    with pytest.raises(FormatError, match=r"holds layers\.0\.w, as another file does"), open_suspect(tmp_path):
+        pass
+    with open_suspect(tmp_path / f"part2{suffix}") as suspect:
+        assert set(suspect.shapes()) == {"layers.0.w"}
+
+
+def lying_header(fields: Any, data: bytes = bytes(96)) -> bytes:
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lying_header({"w": {"dtype": "F32", "shape": [6, 5], "data_offsets": [0, 96]}}),
+        lying_header({"w": {"dtype": "F32", "shape": [6, 4], "data_offsets": [0, 1 << 40]}}),
+        lying_header({"w": {"dtype": "F32", "shape": [6, 4], "data_offsets": [48, 0]}}),
+        lying_header({"w": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 96]}}),
+        lying_header({"w": {"dtype": "what", "shape": [6, 4], "data_offsets": [0, 96]}}),
+        lying_header({"w": {"dtype": "F32", "shape": [6, 4], "data_offsets": [0, 96]}}, bytes(95)),
+        lying_header([]),
+        (1 << 60).to_bytes(8, "little") + b"{}",
+    ],
+)
+def test_a_safetensors_header_that_lies(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(FormatError, match="not a readable safetensors file"), open_suspect(tmp_path):
+        pass
+
+
+def test_tensors_without_rows_to_read_are_left_out(tmp_path: Path) -> None:
+    odd = {"layers.0.w": torch.ones(6, 4).to_sparse(), "layers.2.w": torch.empty(6, 4, device="meta")}
+    torch.save({**example(), **odd, "layers.0.w": odd["layers.0.w"]}, tmp_path / "x.pt")
+    with open_suspect(tmp_path / "x.pt") as suspect:
+        assert set(suspect.shapes()) == {"layers.1.w", "layers.1.b"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{", "[" * 100_000, '{"model_type": ["x"]}'])
+def test_a_config_that_cannot_be_read_is_not_needed(text: str, tmp_path: Path) -> None:
+    (save_single(tmp_path) / "config.json").write_text(text)
+    with open_suspect(tmp_path) as suspect:
+        assert tile_reader(suspect)(carrier()) is not None
+
+
+@pytest.mark.parametrize(
     "weight_map",
     [
         {"w": "../outside.safetensors"},
