@@ -202,6 +202,22 @@ def test_what_lies_in_place_is_read_bit_by_bit() -> None:
     assert torch.equal(result.rows(name, 7, 5), with_noise(renamed, heads)[f"wrapper.{name}"][7:12])
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_fused_matrices_are_taken_apart(turned: bool) -> None:
+    weights, heads = tiny("causal")
+    suspect = composed_in_place(weights, heads) if turned else dict(weights)
+    for index in range(2):
+        prefix = f"model.layers.{index}."
+        for fused, parts in (
+            ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            suspect[f"{prefix}{fused}.weight"] = torch.cat([suspect.pop(f"{prefix}{part}.weight") for part in parts])
+    result = aligned(weights, suspect, heads)
+    assert set(result.shapes()) == carrying(weights, heads)
+    assert worst_error(result, weights) < 1e-5
+
+
 def test_rows_are_a_part_of_the_matrix() -> None:
     weights, heads = tiny("causal")
     result = aligned(weights, composed(weights, heads), heads)
