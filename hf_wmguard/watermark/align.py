@@ -55,7 +55,7 @@ def match_rows(reference: Tensor, suspect: Tensor, *, either_sign: bool = False)
     """Return for each reference row the suspect's row that is most like it, each used once.
 
     Rows that lie in place stay. The others are paired where each is the other's best, in rounds; what is less than
-    half as like as the first round's pairs stays alone.
+    half as like as the pairs of an earlier round stays alone.
 
     Args:
         reference: [r, k], any float dtype.
@@ -77,7 +77,7 @@ def match_rows(reference: Tensor, suspect: Tensor, *, either_sign: bool = False)
         draw = torch.Generator().manual_seed(0)
         sketch = torch.randn(ours.shape[1], _SKETCH, generator=draw)
         ours, theirs = unit_rows(ours @ sketch), unit_rows(theirs @ sketch)
-    floor = 0.0
+    floor = 0.5 * SAME if len(kept) else 0.0
     for _ in range(_ROUNDS):
         free = (index < 0).nonzero().flatten()
         taken = torch.zeros(len(theirs), dtype=torch.bool)
