@@ -198,8 +198,8 @@ def map_values(tensors: StateDict, heads: Heads, *, seed: int) -> dict[str, Tens
 
 def _invertible(count: int, size: int, draw: torch.Generator) -> Tensor:
     left, right = torch.linalg.qr(torch.randn(2, count, size, size, generator=draw)).Q
-    stretched: Tensor = left * 2 ** (2 * torch.rand(count, 1, size, generator=draw) - 1)
-    return stretched @ right
+    stretches = 2 ** (2 * torch.rand(count, 1, size, generator=draw) - 1)
+    return torch.bmm(left * stretches, right)
 
 
 def _map_pairs(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_wmguard.suspects.roles import ATTENTION, READS_RESIDUAL, Block, Heads, Part, find_blocks, find_embedding
 from hf_wmguard.suspects.sources import Suspect
-from hf_wmguard.watermark.align import Basis, Neurons, best_cosine, fit_basis, fit_neurons
+from hf_wmguard.watermark.align import Basis, Neurons, best_cosines, fit_basis, fit_neurons
 from hf_wmguard.watermark.align_heads import HeadMaps, fit_heads
 
 _SAMPLE_ROWS = 16
@@ -27,6 +27,7 @@ _SAMPLE_ROWS = 16
 _RECOGNISED = 0.5
 _EMBEDDING_CHUNKS = 64
 _ROWS_PER_CHANNEL = 8
+_ENOUGH_ROWS = 1 << 14
 _Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
 # A gain smaller than this share of the norm's mean size cannot be divided by.
 _SMALL_GAIN = 1e-2
@@ -132,24 +133,44 @@ class Aligned(Suspect):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shapes of the reference's matrices that the suspect has."""
+        matrices = {name: self._reference.shapes[name] for name in self._where}
         return {
-            name: self._reference.shapes[name]
-            for name in self._where
-            if len(self._reference.shapes[name]) == 2 and self._source(name) is not None
+            name: shape
+            for name, shape in matrices.items()
+            if len(shape) == 2 and (self._in_place(name) is not None or self._is_mapped(name))
         }
 
     def rows(self, name: str, start: int, count: int) -> Tensor:
-        """Return ``count`` rows of a matrix, float32, in the reference's coordinates."""
-        index, _ = self._where[name]
-        layer = self._layers[index]
-        source = self._source(name)
-        if source is None:
-            raise KeyError(name)
-        if not self._moved(layer):
+        """Return ``count`` rows of a matrix, float32, in the reference's coordinates.
+
+        Raises:
+            KeyError: `shapes` does not give it.
+        """
+        source = self._in_place(name)
+        if source is not None:
             return self._suspect.suspect.rows(source, start, count).float()
+        if not self._is_mapped(name):
+            raise KeyError(name)
         if self._last is None or self._last[0] != name:
-            self._last = (name, self._mapped(name, layer))
+            self._last = (name, self._mapped(name, self._layers[self._where[name][0]]))
         return self._last[1][start : start + count]
+
+    def _in_place(self, name: str) -> str | None:
+        """Return the suspect's matrix that is a matrix of the reference as it stands, or None."""
+        index, suffix = self._where[name]
+        layer = self._layers.get(index)
+        if layer is None or layer.source not in self._suspect.blocks or self._moved(layer):
+            return None
+        source = self._suspect.blocks[layer.source].names.get(suffix)
+        same = source is not None and self._suspect.shapes[source] == self._reference.shapes[name]
+        return source if same else None
+
+    def _is_mapped(self, name: str) -> bool:
+        """Return whether all parts of a matrix of the reference can be mapped."""
+        roles, layer = self._roles(name), self._layers.get(self._where[name][0])
+        if layer is None:
+            return False
+        return bool(roles) and all((layer.heads if role in ATTENTION else layer.neurons) is not None for role in roles)
 
     def _moved(self, layer: _Layer) -> bool:
         if layer.neurons is None and layer.heads is None:
@@ -160,21 +181,6 @@ class Aligned(Suspect):
     def _roles(self, name: str) -> list[str]:
         block = self._reference.blocks[self._where[name][0]]
         return [role for role, part in block.parts.items() if part.name == name]
-
-    def _source(self, name: str) -> str | None:
-        """Return the suspect's matrix that a matrix of the reference is read from, or None."""
-        index, suffix = self._where[name]
-        layer = self._layers.get(index)
-        if layer is None or layer.source not in self._suspect.blocks:
-            return None
-        source = self._suspect.blocks[layer.source].names.get(suffix)
-        if source is None:
-            return None
-        if not self._moved(layer):
-            return source if self._suspect.shapes[source] == self._reference.shapes[name] else None
-        roles = self._roles(name)
-        maps = [layer.heads if role in ATTENTION else layer.neurons for role in roles]
-        return source if roles and all(one is not None for one in maps) else None
 
     def _mapped(self, name: str, layer: _Layer) -> Tensor:
         ours = self._reference.blocks[self._where[name][0]]
@@ -236,7 +242,8 @@ def _find_basis(ours: _Weights, theirs: _Weights) -> Basis:
     if size != width or size_2 != width:
         return Basis.identity(width)
     common = min(count, count_2)
-    chunk = min(common, max(1, _ROWS_PER_CHANNEL * width // _EMBEDDING_CHUNKS))
+    wanted = min(_ROWS_PER_CHANNEL * width, max(_ENOUGH_ROWS, 3 * width))
+    chunk = min(common, max(1, wanted // _EMBEDDING_CHUNKS))
     starts = range(0, common - chunk + 1, max(chunk, common // _EMBEDDING_CHUNKS))
     reference, suspect = (
         torch.cat([weights.rows(name, start, chunk) for start in starts])
@@ -258,9 +265,9 @@ def _find_layers(ours: _Weights, theirs: _Weights, basis: Basis) -> tuple[dict[i
             continue
         rows = theirs.folded(block, "gate")
         alike = {index: sample for index, sample in samples.items() if sample.shape[1] == rows.shape[1]}
-        index, score = source, best_cosine(alike[source], rows) if source in alike else 0.0
+        index, score = source, best_cosines([alike[source]], rows)[0] if source in alike else 0.0
         if score < _RECOGNISED and alike:
-            scores = {index: best_cosine(sample, rows) for index, sample in alike.items()}
+            scores = dict(zip(alike, best_cosines(list(alike.values()), rows), strict=True))
             compared += len(scores)
             index = max(scores, key=scores.__getitem__)
             score = scores[index]

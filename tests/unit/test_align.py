@@ -17,7 +17,7 @@ from hf_wmguard.suspects.aligned import Aligned, align
 from hf_wmguard.suspects.reader import open_suspect
 from hf_wmguard.suspects.roles import Heads, find_blocks
 from hf_wmguard.watermark.align import fit_basis, fit_neurons, match_rows
-from hf_wmguard.watermark.align_heads import assign
+from hf_wmguard.watermark.align_heads import assign, fit_heads
 
 Weights = dict[str, Tensor]
 Change = Callable[[Weights, Heads], Weights]
@@ -200,6 +200,22 @@ def test_what_lies_in_place_is_read_bit_by_bit() -> None:
     assert (result.description, result.tries) == ("none", 1)
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(result.rows(name, 7, 5), with_noise(renamed, heads)[f"wrapper.{name}"][7:12])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fused_matrices_are_taken_apart(turned: bool) -> None:
+    weights, heads = tiny("causal")
+    suspect = composed_in_place(weights, heads) if turned else dict(weights)
+    for index in range(2):
+        prefix = f"model.layers.{index}."
+        for fused, parts in (
+            ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            suspect[f"{prefix}{fused}.weight"] = torch.cat([suspect.pop(f"{prefix}{part}.weight") for part in parts])
+    result = aligned(weights, suspect, heads)
+    assert set(result.shapes()) == carrying(weights, heads)
+    assert worst_error(result, weights) < 1e-5
 
 
 def test_rows_are_a_part_of_the_matrix() -> None:
@@ -387,3 +403,34 @@ def test_a_decoy_that_shares_a_gate_does_not_stand_for_a_neuron() -> None:
     neurons = fit_neurons({"gate": gate, "up": up}, decoys)
     assert neurons.index.tolist() == list(range(20, 40))
     assert len(neurons.extra) == 0
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_half_a_neuron_does_not_stand_for_one_that_is_gone(shift: int) -> None:
+    gate, up = torch.randn(20, 40), torch.randn(20, 40)
+    parts = torch.tensor([*range(19), 0]).roll(shift)
+    neurons = fit_neurons({"gate": gate, "up": up}, {"gate": gate[parts], "up": up[parts]})
+    assert neurons.index[19] == -1
+    halves = [int(neurons.index[0]), *neurons.extra.tolist()]
+    assert sorted(parts[halves].tolist()) == [0, 0]
+    assert neurons.extra_of.tolist() == [0]
+
+
+def test_rotary_pairs_are_fitted_as_pairs() -> None:
+    """A general map would do as well, and take more of the mark."""
+    ours = {"q": torch.randn(32, 40), "k": torch.randn(16, 40), "v": torch.randn(16, 40), "o": torch.randn(40, 32)}
+    angle, scale = torch.rand(3) * 6, 0.5 + torch.rand(3)
+    pairs = torch.zeros(8, 8)
+    one, two = torch.arange(3), torch.arange(3) + 3
+    pairs[one, one] = pairs[two, two] = scale * angle.cos()
+    pairs[one, two], pairs[two, one] = scale * angle.sin(), -scale * angle.sin()
+    pairs[6, 6], pairs[7, 7] = 2.0, 0.5
+    back = torch.linalg.inv(pairs).T
+    theirs = ours | {
+        "k": (pairs @ ours["k"].view(2, 8, 40)).view(16, 40),
+        "q": (back @ ours["q"].view(4, 8, 40)).view(32, 40),
+    }
+    fitted = fit_heads(ours, theirs, kv_count=2, size=8, rotary=6)
+    assert not fitted.maps["k"][:, pairs == 0].any()
+    for role in ours:
+        torch.testing.assert_close(fitted.undo(role, theirs[role]), ours[role], atol=1e-4, rtol=1e-4)
