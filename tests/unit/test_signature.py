@@ -26,6 +26,7 @@ from hf_wmguard.watermark.pvalues import (
 from hf_wmguard.watermark.signature import (
     CarrierKey,
     Reading,
+    _orthonormal,
     change_norm,
     move_,
     read_projections,
@@ -273,6 +274,10 @@ def test_directions_of_an_adapter_lie_in_its_row_space_and_are_keyed() -> None:
         inside = basis.float() @ (basis.float().T @ key.right)
         assert float((key.right - inside).norm(dim=0).max()) < 0.02
     assert float((one.right.T @ other.right).abs().max()) < 0.99
+    # Gram-Schmidt gives the one basis that no library's choice of signs changes.
+    columns = torch.frombuffer(bytearray(one.carrier.basis), dtype=torch.int8).reshape(40, 6).double()
+    assert bool(((_orthonormal(columns).T @ columns).diagonal() > 0).all())
+    torch.testing.assert_close(_orthonormal(columns), _orthonormal(columns * torch.arange(1.0, 7.0)))
     tile = 0.15 * torch.randn(48, 40, generator=draw)
     move_(tile, one, residual(read_projections(tile, one), one))
     assert read_signature([one], lambda carrier: tile).bit_error_rate == 0.0
