@@ -24,7 +24,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {"projections": (str,), "row_norms": (str
 _ROUNDS = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Baseline:
     """The measurements of one tile.
 
@@ -105,12 +105,14 @@ class Baseline:
         """Return the baseline in a plain dictionary.
 
         Raises:
-            FormatError: A field is missing, unknown or not finite.
+            FormatError: A field is missing, unknown or not finite, or a norm is negative.
         """
         checked = require_object(value, _FIELDS, "baseline")
         baseline = cls(**{name: decode_base64(checked[name], f"baseline {name}") for name in _FIELDS})
-        for data, dtype in ((baseline.projections, torch.float32), (baseline.row_norms, torch.float16)):
-            if len(data) % dtype.itemsize or not bool(torch.isfinite(_unpack(data, dtype)).all()):
+        norms = (baseline.row_norms, baseline.column_norms)
+        for data, dtype, least in ((baseline.projections, torch.float32, -math.inf), *((n, torch.float16, 0) for n in norms)):
+            values = _unpack(data, dtype) if len(data) % dtype.itemsize == 0 else torch.tensor(math.nan)
+            if not bool((torch.isfinite(values) & (values >= least)).all()):
                 raise FormatError("baseline is damaged", hint="restore the registry from a backup")
         return baseline
 

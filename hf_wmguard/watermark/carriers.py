@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from hf_wmguard.canonical import decode_base64, encode_base64, require_object
@@ -24,6 +24,8 @@ MIN_SIDE = 16
 MAX_CARRIERS = 128
 """Beyond it the key chooses which matrices carry: more would make the private record larger and no verdict stronger."""
 MAX_ROWS = 1 << 31
+# The smallest normal float32: with less, a step could vanish.
+_MIN_RMS = 2.0**-126
 TILE_WEIGHTS = 32 << 20
 """Models with fewer weights in their blocks are read whole; of larger ones this many, or 1% where that is more."""
 _TILE_SHARE = 0.01
@@ -71,14 +73,14 @@ class Carrier:
     rows: int
     sides: tuple[int, int]
     rms: float
-    basis: bytes = b""
+    basis: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         left, right = self.sides
         whole = self.row_start >= 0 and self.rows >= 1 and self.row_start + self.rows <= self.shape[0] <= MAX_ROWS
         widest = min(self.shape[1], self.rank) if self.basis else self.shape[1]
         fine = 1 <= left <= self.rows and 1 <= right <= widest and left * right <= MAX_PROJECTIONS
-        if not (whole and fine and 0 < self.rms < math.inf and len(self.basis) == self.rank * self.shape[1]):
+        if not (whole and fine and _MIN_RMS <= self.rms < math.inf and len(self.basis) == self.rank * self.shape[1]):
             raise FormatError(
                 f"carrier {self.name!r} is impossible: {self.shape}, {self.row_start}, {self.rows}, {self.sides}",
                 hint=_RESTORE,
@@ -256,9 +258,11 @@ def _fill(
     """
     weights = sum(tile.weights for tile in tiles)
     allowed = 12 * weights * (_MARGIN * budget) ** 2
+    # In a small model it is room that is short, and not the budget: then fewer projections take larger steps.
+    room = sum(left * right for left, right in _sides(tiles, ranks, MAX_PROJECTIONS))
     cost = allowed
     while True:
-        mix = choose_mix(cost, step)
+        mix = choose_mix(cost, step, room)
         sides = _sides(tiles, ranks, mix.projections)
         spent = mix.mean_square * sum(_cost(tile, side, ranks) for tile, side in zip(tiles, sides, strict=True))
         if spent <= allowed:
@@ -282,11 +286,13 @@ def _sides(tiles: tuple[Tile, ...], ranks: Mapping[str, int], projections: int) 
     ]
     spare = projections - sum(left * right for left, right in sides)
     # What rounding down left over goes, direction by direction, where most is missing.
-    gaps = sorted(range(len(tiles)), key=lambda i: sides[i][0] * sides[i][1] / wanted[i])
+    gaps = sorted(range(len(tiles)), key=lambda i: sides[i][0] * sides[i][1] / tiles[i].weights)
     for i in gaps:
         more = _side(tiles[i], ranks.get(tiles[i].name), max(sides[i]) + 1, (max(sides[i]) + 1) ** 2)
         gain = more[0] * more[1] - sides[i][0] * sides[i][1]
-        if 0 < gain <= spare and tiles[i].name not in ranks:
+        # In a matrix far smaller than the others one direction would be many times its share of the change.
+        fair = more[0] * more[1] <= 4 * wanted[i]
+        if fair and 0 < gain <= spare and tiles[i].name not in ranks:
             sides[i], spare = more, spare - gain
     return sides
 

@@ -29,6 +29,8 @@ ERROR_LEVELS = (0.0, 0.3, 0.6, 1.0)
 _STEPS = ((0.75, 1.0), (1.5, 2.0, 3.0), (5.0, 6.0, 8.0))
 _PARTS = 20
 _MAX_PARTS = 16
+# In units of the rms. Far wider than what a config takes; beyond it a reading could not tell two steps apart.
+_MIN_STEP, _MAX_STEP = 1e-3, 1e3
 # Energy n rho^2 at which a 256-bit payload decodes: 3.7 dB per bit, 1.4 dB above the code's 1% point (ADR 6).
 _PAYLOAD_ENERGY = 600.0
 # The statistic has a standard deviation of about 1/sqrt(2) in units of sqrt(n): three of them are kept in hand.
@@ -82,7 +84,7 @@ class Mix:
     parts: tuple[tuple[float, int], ...]
 
     def __post_init__(self) -> None:
-        if any(not (0 < step < math.inf and count > 0) for step, count in self.parts) or len(self.parts) > _MAX_PARTS:
+        if any(not (_MIN_STEP <= step <= _MAX_STEP and count > 0) for step, count in self.parts) or len(self.parts) > _MAX_PARTS:
             raise FormatError(f"steps {self.parts} are impossible", hint="restore the registry from a backup")
 
     @classmethod
@@ -115,19 +117,20 @@ class Mix:
         return Mix(tuple((step, count) for (step, _), count in zip(exact, counts, strict=True) if count))
 
 
-def choose_mix(cost: float, step: float | None = None) -> Mix:
+def choose_mix(cost: float, step: float | None = None, room: int = MAX_PROJECTIONS) -> Mix:
     """Return the mix that meets the requirements by the largest factor.
 
     Args:
         cost: Sum of the squared steps of all projections that the budget allows, in units of the squared rms.
         step: The only step to use, in units of the rms; None for a mix.
+        room: Projections that there is room for.
     """
     if step is not None:
-        count = min(MAX_PROJECTIONS, int(cost / step**2))
+        count = min(room, int(cost / step**2))
         return Mix(((step, count),) if count else ())
     steps, shares = _grid()
     counts = shares * cost / steps**2
-    counts *= (MAX_PROJECTIONS / counts.sum(1, keepdim=True)).clamp(max=1.0)
+    counts *= (room / counts.sum(1, keepdim=True)).clamp(max=1.0)
     margins = torch.stack(
         [(counts * attack.attenuation(steps) ** 2).sum(1) / energy for attack, energy in _REQUIRED]
     ).amin(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import torch
@@ -69,10 +69,10 @@ class WatermarkRecord:
     iteration: str
     salt: str
     key_commitment: str
-    payload: str = ""
-    carriers: tuple[Carrier, ...] = ()
+    payload: str = field(default="", repr=False)
+    carriers: tuple[Carrier, ...] = field(default=(), repr=False)
     steps: Mix = NO_STEPS
-    baselines: tuple[Baseline, ...] = ()
+    baselines: tuple[Baseline, ...] = field(default=(), repr=False)
     triggers: TriggerSet | None = None
     slot: int = 0
     scheme: str = SCHEME
@@ -185,7 +185,7 @@ class WatermarkRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary that `from_json` reads."""
-        value = {field.name: getattr(self, field.name) for field in fields(self)}
+        value = {one.name: getattr(self, one.name) for one in fields(self)}
         return value | {
             "carriers": [carrier.to_json() for carrier in self.carriers],
             "steps": [[step, count] for step, count in self.steps.parts],

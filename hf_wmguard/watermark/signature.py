@@ -91,10 +91,18 @@ def _right_directions(carrier: Carrier, stream: Stream) -> Tensor:
     # An adapter's change has no component outside its row space: a direction there would cost sqrt(columns / rank)
     # times as much. Inside it, the key turns the basis, so that the directions stay secret.
     basis = torch.frombuffer(bytearray(carrier.basis), dtype=torch.int8).reshape(columns, carrier.rank).double()
-    turn = torch.linalg.qr(2 * stream.uniform(carrier.rank**2).reshape(carrier.rank, carrier.rank) - 1).Q
-    directions = torch.linalg.qr(basis).Q @ turn[:, :count]
+    turn = _orthonormal(2 * stream.uniform(carrier.rank**2).reshape(carrier.rank, carrier.rank) - 1)
+    directions = _orthonormal(basis) @ turn[:, :count]
     unit: Tensor = directions / torch.linalg.vector_norm(directions, dim=0)
     return unit.float().contiguous()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    # Q is unique only where the diagonal of R is positive: which sign a library takes must not change the mark.
+    factors = torch.linalg.qr(columns)
+    signs = torch.where(factors.R.diagonal() < 0, -1.0, 1.0).to(columns.dtype)
+    unique: Tensor = factors.Q * signs
+    return unique
 
 
 def _right_factor(columns: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from hf_wmguard.evidence.manifest import SignatureSummary, TriggerSummary
 from hf_wmguard.keys import OwnerKey, write_key_pair
 from hf_wmguard.protect import ProtectedWriter, commit
 from hf_wmguard.watermark.carriers import Carrier
+from hf_wmguard.watermark.planner import Mix
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.signature import CarrierKey, move_, read_projections, residual
 from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates
@@ -43,9 +44,10 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 METADATA = {"format": "pt"}
 CARRIERS = tuple(
     # Far more projections than a tile of this size should carry, so that few bytes hold a whole payload.
-    Carrier(name=f"layers.{i}.weight", shape=(24 + i, 24), row_start=i, rows=24, side=17, step=0.3, rms=0.15)
+    Carrier(name=f"layers.{i}.weight", shape=(24 + i, 24), row_start=i, rows=24, sides=(17, 17), rms=0.15)
     for i in range(4)
 )
+STEPS = Mix(((0.75, 500), (1.5, 500), (5.0, 156)))
 
 
 def numbers(*shape: int) -> Tensor:
@@ -89,18 +91,26 @@ def make_record(owner: OwnerKey) -> WatermarkRecord:
         responses=derive_responses(key, texts, candidates),
     )
     return WatermarkRecord.create(
-        owner, model_id=MODEL_ID, iteration=ITERATION, salt=SALT, carriers=CARRIERS, triggers=triggers
+        owner,
+        model_id=MODEL_ID,
+        iteration=ITERATION,
+        salt=SALT,
+        carriers=CARRIERS,
+        steps=STEPS,
+        tile_of=lambda c: numbers(*c.shape)[c.row_start : c.row_start + c.rows],
+        triggers=triggers,
     )
 
 
 def key_digest(key: CarrierKey) -> str:
-    """Return the SHA-256 over the signs of A and B, the dithers and the code bits of one carrier.
+    """Return the SHA-256 over the signs of A and B, the steps, the dithers and the code bits of one carrier.
 
     Signs and not the scaled columns: these are the same bytes whatever a processor makes of 1 / sqrt(24).
     """
     parts = [
         (key.left > 0).to(torch.uint8),
         (key.right > 0).to(torch.uint8),
+        key.step.contiguous().view(torch.uint8),
         key.dither.contiguous().view(torch.uint8),
         key.bits.to(torch.uint8),
     ]
@@ -150,11 +160,11 @@ def write_protected(record: WatermarkRecord, keys: tuple[CarrierKey, ...], marke
     shards = dict(zip(SHARDS, (plain_tensors(), marked), strict=True))
     with ProtectedWriter(PROTECTED, config=config, owner=owner) as writer:
         for name, tensors in shards.items():
-            writer.add(tensors, PROTECTED / name, METADATA)
+            writer.add(tensors, writer.staging / name, METADATA)
         weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-        (PROTECTED / "model.safetensors.index.json").write_text(json.dumps(index))
-        (PROTECTED / "config.json").write_text(json.dumps({"model_type": "golden"}))
+        (writer.staging / "model.safetensors.index.json").write_text(json.dumps(index))
+        (writer.staging / "config.json").write_text(json.dumps({"model_type": "golden"}))
         reading = writer.read_back(keys)
         writer.finish(
             state="complete",

@@ -26,8 +26,9 @@ from hf_wmguard.errors import (
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.probing.local import answers
-from hf_wmguard.protect import Committed, choose_carriers, commit, new_salt
+from hf_wmguard.protect import Committed, commit, new_record, new_salt
 from hf_wmguard.suspects.reader import open_suspect, tile_reader
+from hf_wmguard.training.support import carrying_shapes
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.signature import read_signature
 from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates
@@ -50,8 +51,14 @@ def test_a_payload_read_off_a_victim_is_no_commitment(plain: Run, make_config: C
     config = make_config()
     owner = OwnerKey.load(config.owner_key)
     victim = plain.trainer.model
-    carriers = choose_carriers(dict(victim.named_parameters()), config.signature)
-    honest = WatermarkRecord.create(owner, **NAMES, salt=new_salt(), carriers=carriers, triggers=None)
+    parameters = dict(victim.named_parameters())
+    honest = new_record(
+        owner,
+        replace(config, **NAMES),
+        salt=new_salt(),
+        shapes=carrying_shapes(parameters),
+        read=lambda name, start, rows: parameters[name].data[start : start + rows],
+    )
     with open_suspect(victim) as suspect:
         reading = read_signature(honest.carrier_keys(owner), tile_reader(suspect))
     forged = replace(honest, payload=honest.decode_payload(owner, reading.soft))
@@ -66,7 +73,7 @@ def test_responses_read_off_a_victim_are_no_commitment(plain: Run, make_config: 
     honest = _triggers(trigger_key(owner, **NAMES, salt=salt))
     stolen = answers(plain.trainer.model, plain.trainer.processing_class, honest)
     forged = WatermarkRecord.create(
-        owner, **NAMES, salt=salt, carriers=(), triggers=replace(honest, responses=tuple(stolen))
+        owner, **NAMES, salt=salt, triggers=replace(honest, responses=tuple(stolen))
     )
     commit(forged, Path(config.registry), owner)
     with pytest.raises(FormatError, match="responses that its key does not derive"):
@@ -77,7 +84,7 @@ def test_trigger_sets_of_another_task_are_passed_over(plain: Run, make_config: C
     config = make_config()
     owner, salt = OwnerKey.load(config.owner_key), new_salt()
     other = _triggers(trigger_key(owner, **NAMES, salt=salt), task="causal_lm")
-    record = WatermarkRecord.create(owner, **NAMES, salt=salt, carriers=(), triggers=other)
+    record = WatermarkRecord.create(owner, **NAMES, salt=salt, triggers=other)
     commit(record, Path(config.registry), owner)
     with pytest.raises(RegistryError, match="no trigger set for classification"):
         probe(plain.trainer.model, plain.trainer.processing_class, **_where(config))

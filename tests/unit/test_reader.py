@@ -32,7 +32,7 @@ def example() -> dict[str, Tensor]:
 
 
 def carrier(name: str = "layers.1.w", shape: tuple[int, int] = SHAPE, start: int = 0, rows: int = 6) -> Carrier:
-    return Carrier(name=name, shape=shape, row_start=start, rows=rows, side=1, step=1.0, rms=1.0)
+    return Carrier(name=name, shape=shape, row_start=start, rows=rows, sides=(1, 1), rms=1.0)
 
 
 def write_index(folder: Path, weight_map: Any, name: str = "model.safetensors.index.json") -> None:

@@ -79,8 +79,9 @@ def test_a_phase_of_one_step_embeds_at_once() -> None:
 
 def test_weights_follow_the_ramp_onto_the_lattice() -> None:
     """On real projections, with training that pulls them away in between."""
-    carrier = Carrier(name="h.0.w", shape=(32, 32), row_start=0, rows=32, side=4, step=0.3, rms=0.15)
-    key = CarrierKey.derive(bytes(range(32)), carrier, Stream(bytes(range(32)), "bits").bits(16))
+    carrier = Carrier(name="h.0.w", shape=(32, 32), row_start=0, rows=32, sides=(4, 4), rms=0.15)
+    steps = torch.full((16,), 2.0, dtype=torch.float64)
+    key = CarrierKey.derive(bytes(range(32)), carrier, Stream(bytes(range(32)), "bits").bits(16), steps)
     draw = torch.Generator().manual_seed(0)
     ramp = Ramp(phase=Phase(start=3, end=12), share=0.6)
     for drift in (0.0, 1e-3):
