@@ -26,14 +26,18 @@ Verdict = Literal["payload exact", "holds", "doubtful", "lost"]
 Source = Literal["measured", "exact", "nominal"]
 ALPHA_LOG10 = -9.0
 _SAMPLES = 12
-_SAMPLE_WEIGHTS = 1 << 19
+# From there on a verification sets norms back, `hf_wmguard.suspects.signature`.
+_STRETCHED = 0.1
+_SAMPLE_WEIGHTS = 1 << 18
 
 
 def quantize_groups(tensors: StateDict, bits: int, *, group: int = 64) -> dict[str, Tensor]:
     """Return matrices rounded to the nearest of a symmetric grid, one scale per group of weights of a row."""
     top = 2 ** (bits - 1) - 1
-    attacked = {}
+    attacked = dict(tensors)
     for name, weight in tensors.items():
+        if weight.dim() != 2:
+            continue
         rows, columns = weight.shape
         blocks = nn.functional.pad(weight.float(), (0, -columns % group)).reshape(rows, -1, group)
         scale = (blocks.abs().amax(dim=-1, keepdim=True) / top).clamp_min(torch.finfo(torch.float32).tiny)
@@ -98,7 +102,6 @@ class Prediction:
     Args:
         attack: Its name.
         error: What it adds to a projection, in units of the tile's rms.
-        owner_weight: Share of the marked model in a merge; 1 where nothing is merged.
         log10_p: The expected p-value, corrected for the weightings of the steps and for nothing else.
         payload_decodes: Whether the payload is expected to decode.
         verdict: ``payload exact``; ``holds`` where p stays below 1e-9 even three standard deviations down; ``lost``
@@ -108,7 +111,6 @@ class Prediction:
 
     attack: str
     error: float
-    owner_weight: float
     log10_p: float
     payload_decodes: bool
     verdict: Verdict
@@ -225,7 +227,7 @@ def _rms(values: Tensor) -> float:
 def _predictions(mix: Mix, tiles: Sequence[tuple[str, Tensor]], budget: float) -> list[Prediction]:
     # What rounding to 16 bits leaves when the mark is written adds to whatever comes later.
     written = [_rounding_error(tile, budget) for _, tile in tiles]
-    measured = {name: _measure(attack, tiles, written) for name, attack in MEASURED.items()}
+    measured = {name: _measure(mix, attack, tiles, written) for name, attack in MEASURED.items()}
     return [
         *(_prediction(mix, name, errors, "measured") for name, errors in measured.items()),
         *(_prediction(mix, name, Attack(error=error), "nominal") for name, error in _NOMINAL.items()),
@@ -243,7 +245,6 @@ def _prediction(mix: Mix, name: str, attack: Attack | Errors, source: Source) ->
     return Prediction(
         attack=name,
         error=attack.error,
-        owner_weight=attack.owner_weight if isinstance(attack, Attack) else 1.0,
         log10_p=log10_p,
         payload_decodes=exact,
         verdict=verdict,
@@ -252,13 +253,32 @@ def _prediction(mix: Mix, name: str, attack: Attack | Errors, source: Source) ->
 
 
 def _measure(
-    attack: Callable[[StateDict], dict[str, Tensor]], tiles: Sequence[tuple[str, Tensor]], written: Sequence[float]
+    mix: Mix,
+    attack: Callable[[StateDict], dict[str, Tensor]],
+    tiles: Sequence[tuple[str, Tensor]],
+    written: Sequence[float],
 ) -> Errors:
-    errors = []
+    """Return what an attack does to the tiles as they come out of it, or to their norms set back, as a verdict would.
+
+    Of a projection P the attack leaves g P, g = <W', W> / |W|^2, and an error that does not depend on P. The original
+    P is as large as the rms, so that its share of (1 - g) P is in the error already; the shift that put it on the
+    lattice is uniform, and fades as in a merge of owner weight g.
+    """
+    plain, rescaled, stretched = [], [], False
     for (name, tile), rounding in zip(tiles, written, strict=True):
-        error = _rms(attack({name: tile})[name].float() - tile.float()) / _rms(tile)
-        errors.append(Attack(error=math.hypot(error, rounding)))
-    return Errors(tuple(errors))
+        before, after = tile.float(), attack({name: tile})[name].float()
+        size, shrunk = _rms(before), _rms(after)
+        gain = float((before * after).mean()) / size**2
+        plain.append(Attack(error=math.hypot(_rms(after - before) / size, rounding), owner_weight=gain))
+        if shrunk > 0:
+            factor = size / shrunk
+            stretched |= abs(math.log(factor)) > _STRETCHED
+            error = math.hypot(_rms(after * factor - before) / size, rounding)
+            rescaled.append(Attack(error=error, owner_weight=gain * factor))
+    ways = [Errors(tuple(plain))]
+    if stretched and len(rescaled) == len(tiles):
+        ways.append(Errors(tuple(rescaled)))
+    return min(ways, key=lambda errors: predict(mix, errors)[0])
 
 
 def _rounding_error(tile: Tensor, budget: float) -> float:
@@ -271,7 +291,7 @@ def _rounding_error(tile: Tensor, budget: float) -> float:
 
 def _curves(mix: Mix, tiles: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[tuple[float, float], ...]]:
     exact = [0.0] * len(tiles)
-    pruned = {share: _measure(partial(prune_magnitude, share=share), tiles, exact) for share in _SHARES}
+    pruned = {share: _measure(mix, partial(prune_magnitude, share=share), tiles, exact) for share in _SHARES}
     return {
         "noise, in units of the rms": tuple((e, predict(mix, Attack(error=e))[0]) for e in _NOISES),
         "share pruned": tuple((share, predict(mix, errors)[0]) for share, errors in pruned.items()),

@@ -282,6 +282,8 @@ def expected_change(carriers: Sequence[Carrier], steps: Mix) -> float:
 
 def _sides(tiles: tuple[Tile, ...], ranks: Mapping[str, int], projections: int) -> list[tuple[int, int]]:
     """Return the sides that bring the number of projections near, and not above, a total, in proportion to size."""
+    if not projections:
+        return [(0, 0)] * len(tiles)
     weights = sum(tile.weights for tile in tiles)
     wanted = [projections * tile.weights / weights for tile in tiles]
     sides = [
