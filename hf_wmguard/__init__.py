@@ -5,6 +5,7 @@ The tour:
 * `WatermarkConfig` says what to embed and for whom to encrypt.
 * `protect_trainer(trainer, config)` is the one line a Trainer script gets. In the last epochs the weights come to
   carry the owner's signature and the behaviour a trigger set; every save is ciphertext with a signed manifest.
+* `embed(model, config)` marks a finished model in memory without training, `embed_folder(...)` one on the disk.
 * `verify(suspect, ...)` judges a suspect by its weights, `probe(model, ...)` by its answers; both give an exact or
   proven p-value in a `Report`.
 * `load_protected(folder, ...)` brings a protected folder into memory.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
+    from hf_wmguard.embedding import Embedded, embed, embed_folder
     from hf_wmguard.errors import WmguardError
     from hf_wmguard.loading import load_protected
     from hf_wmguard.training import WatermarkCallback, protect_trainer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Embedded": "hf_wmguard.embedding",
     "ProtectionConfig": "hf_wmguard.config",
     "Report": "hf_wmguard.verification",
     "SignatureConfig": "hf_wmguard.config",
@@ -33,12 +36,15 @@ _EXPORTS = {
     "WatermarkCallback": "hf_wmguard.training",
     "WatermarkConfig": "hf_wmguard.config",
     "WmguardError": "hf_wmguard.errors",
+    "embed": "hf_wmguard.embedding",
+    "embed_folder": "hf_wmguard.embedding",
     "load_protected": "hf_wmguard.loading",
     "probe": "hf_wmguard.verification",
     "protect_trainer": "hf_wmguard.training",
     "verify": "hf_wmguard.verification",
 }
 __all__ = [
+    "Embedded",
     "ProtectionConfig",
     "Report",
     "SignatureConfig",
@@ -47,6 +53,8 @@ __all__ = [
     "WatermarkConfig",
     "WmguardError",
     "__version__",
+    "embed",
+    "embed_folder",
     "load_protected",
     "probe",
     "protect_trainer",

@@ -31,7 +31,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("probing",),
     ("metrics",),
     ("protect",),
-    ("verification",),
+    ("verification", "embedding"),
     ("loading",),
     ("training",),
     ("robustness",),
@@ -49,7 +49,7 @@ ONLY = {
     "watermark": {"torch"},
     "container": {"cryptography"},
     "evidence": {"cryptography"},
-    "robustness": {"torch"},
+    "robustness": {"torch", "matplotlib"},
 }
 TRANSFORMERS_ROOMS = {"probing", "loading", "training"}
 # The report of an unsaved run comes when the interpreter exits, after logging has been shut down.

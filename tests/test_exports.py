@@ -32,9 +32,9 @@ def test_functions_are_not_shadowed_by_modules() -> None:
     # Importing a submodule binds it on the package under its own name: none may have the name of an export.
     for module in pkgutil.walk_packages(hf_wmguard.__path__, "hf_wmguard."):
         importlib.import_module(module.name)
-    from hf_wmguard import probe, protect_trainer, verify
+    from hf_wmguard import embed, probe, protect_trainer, verify
 
-    for function in (probe, protect_trainer, verify):
+    for function in (embed, probe, protect_trainer, verify):
         assert isinstance(function, types.FunctionType)
     assert hf_wmguard.verify.__module__ == "hf_wmguard.verification"
     assert {

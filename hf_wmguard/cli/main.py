@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from hf_wmguard.cli.embed import embed
+from hf_wmguard.cli.options import (
+    AlphaOption,
+    IdentityOption,
+    JsonOption,
+    ModelIdOption,
+    OwnerKeyOption,
+    RegistryOption,
+    SignerOption,
+)
+from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json
+from hf_wmguard.cli.plan import plan
 from hf_wmguard.errors import WmguardError
 
 app = typer.Typer(
@@ -25,21 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-_out = Console()
-_err = Console(stderr=True)
-
-OwnerKeyOption = Annotated[str, typer.Option("--owner-key", help="Reference to the owner key: file:PATH or env:NAME.")]
-RegistryOption = Annotated[Path, typer.Option("--registry", help="Folder of the owner's registry.")]
-ModelIdOption = Annotated[str | None, typer.Option("--model-id", help="Only this model's commitments.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-AlphaOption = Annotated[float, typer.Option("--alpha-log10", help="Level of the verdict, log10 of p, below 0.")]
-IdentityOption = Annotated[
-    str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
-]
-SignerOption = Annotated[
-    str | None,
-    typer.Option("--signer", help="Reference to the owner's public key that must have signed, file:owner.key.pub."),
-]
 
 
 class KeyKind(StrEnum):
@@ -69,9 +61,9 @@ def keygen(
         write_key_pair(out, identity.to_text().encode(), f"{public}\n".encode())
     result = {"kind": kind.value, "private": str(out), "public": f"{out}.pub", "id": public}
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
-        _out.print(
+        console.print(
             f"{kind.value} key: {out} (keep it secret, back it up)\npublic half: {out}.pub\nid: {public}",
             markup=False,
             soft_wrap=True,
@@ -96,7 +88,7 @@ def verify(
     """Judge a suspect by its weights. Exit 0: detected, 1: not detected or inconclusive."""
     from hf_wmguard.verification import verify as judge
 
-    with _err.status(escape(f"reading {suspect}")):
+    with err.status(escape(f"reading {suspect}")):
         report = judge(
             suspect,
             owner_key=owner_key,
@@ -123,7 +115,7 @@ def probe(
     from hf_wmguard.loading import load_suspect
     from hf_wmguard.verification import probe as judge
 
-    with _err.status(escape(f"asking {local}")):
+    with err.status(escape(f"asking {local}")):
         model, tokenizer = load_suspect(local, identity=identity)
         report = judge(
             model,
@@ -156,7 +148,7 @@ def inspect(
     from hf_wmguard.suspects.protected import weight_names
 
     manifest, key_id = read_manifest(protected, signer=load_signer(signer) if signer else None)
-    with _progress(sum(entry.size_bytes for entry in manifest.files)) as advance:
+    with byte_progress(sum(entry.size_bytes for entry in manifest.files)) as advance:
         check_files(protected, manifest, progress=advance)
     value = json.loads(manifest.to_bytes())
     value["sealed_state"] = manifest.sealed_state is not None
@@ -167,9 +159,9 @@ def inspect(
     )
     value["headers"] = {name: inspect_file(protected / name) for name in weight_names(manifest)}
     if as_json:
-        _print_json(value)
+        print_json(value)
         return
-    table = _table(escape(str(protected)))
+    table = pairs_table(escape(str(protected)))
     for name in ("model_id", "iteration", "state", "step", "created", "commitment", "commitment_time"):
         table.add_row(name, escape(str(value[name])))
     table.add_row("signer", f"{key_id}{'' if signer else ' (self-asserted: pin it with --signer)'}")
@@ -181,7 +173,7 @@ def inspect(
         table.add_row(escape(entry.name), f"{entry.size_bytes:,} bytes, sha256 as signed")
     for name in value["not_covered"]:
         table.add_row(escape(name), "not covered by the signature")
-    _out.print(table)
+    console.print(table)
 
 
 @app.command()
@@ -197,31 +189,29 @@ def decrypt(
     from hf_wmguard.loading import decrypt_folder
 
     manifest, _ = read_manifest(protected)
-    with _progress(sum(entry.size_bytes for entry in manifest.files if entry.name.endswith(".safetensors"))) as advance:
+    with byte_progress(
+        sum(entry.size_bytes for entry in manifest.files if entry.name.endswith(".safetensors"))
+    ) as advance:
         files = decrypt_folder(protected, out, identity=identity, signer=signer, progress=advance)
     if as_json:
-        _print_json({"out": str(out), "files": [file.name for file in files]})
+        print_json({"out": str(out), "files": [file.name for file in files]})
     else:
-        _err.print(f"plaintext weights are now in {out}", style="yellow", markup=False, soft_wrap=True)
+        err.print(f"plaintext weights are now in {out}", style="yellow", markup=False, soft_wrap=True)
         for file in files:
-            _out.print(str(file), markup=False, highlight=False, soft_wrap=True)
+            console.print(str(file), markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(title: str) -> Table:
-    # Folded, not cut: of a hash that lost its end nothing can be said.
-    table = Table(title=title, show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    return table
+app.command()(embed)
+app.command()(plan)
 
 
 def _print_report(report: Any, as_json: bool) -> None:
     value = report.to_json()
     if as_json:
-        _print_json(value)
+        print_json(value)
     else:
         colour = {"detected": "green", "not_detected": "cyan", "inconclusive": "yellow"}[report.verdict]
-        table = _table(f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}")
+        table = pairs_table(f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}")
         table.add_row("suspect", escape(str(report.suspect["uri"])))
         table.add_row("level", f"log10 p <= {report.alpha_log10:g}, corrected for {report.tests_corrected_for} tests")
         table.add_row("model", escape(f"{report.model_id} {report.iteration}"))
@@ -229,24 +219,8 @@ def _print_report(report: Any, as_json: bool) -> None:
             for name, number in (value[channel] or {}).items():
                 table.add_row(f"{channel}.{name}", f"{number:.4g}" if isinstance(number, float) else str(number))
         table.add_row("committed", f"{report.commitment['time']} {report.commitment['entry']}")
-        _out.print(table)
+        console.print(table)
     raise typer.Exit(0 if report.verdict == "detected" else 1)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
-
-
-@contextmanager
-def _progress(total_bytes: int) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
-        task = bar.add_task("", total=total_bytes)
-
-        def advance(name: str, count: int) -> None:
-            bar.update(task, advance=count, description=escape(name[-40:]))
-
-        yield advance
 
 
 def main() -> None:
@@ -254,7 +228,7 @@ def main() -> None:
     try:
         app()
     except WmguardError as error:
-        _err.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True, highlight=False)
+        err.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True, highlight=False)
         if error.hint:
-            _err.print(f"hint: {error.hint}", markup=False, soft_wrap=True, highlight=False)
+            err.print(f"hint: {error.hint}", markup=False, soft_wrap=True, highlight=False)
         sys.exit(error.exit_code)

@@ -45,6 +45,7 @@ __all__ = [
     "check_free_for",
     "check_sizes",
     "digest_file",
+    "is_trainer_state",
     "read_manifest",
     "write_manifest",
 ]
@@ -154,6 +155,11 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             )
 
 
+def is_trainer_state(name: str) -> bool:
+    """Return whether a file of this name is what the Trainer keeps beside the weights of a checkpoint."""
+    return _TRAINER_STATE.fullmatch(name) is not None
+
+
 def _weight_files(folder: Path) -> list[str]:
     found = []
     for root, folders, files in os.walk(folder, onerror=_refuse_unreadable):
@@ -166,7 +172,7 @@ def _weight_files(folder: Path) -> list[str]:
         found += [
             str((here / name).relative_to(folder))
             for name in files
-            if Path(name).suffix.lower() in WEIGHT_SUFFIXES and not _TRAINER_STATE.fullmatch(name)
+            if Path(name).suffix.lower() in WEIGHT_SUFFIXES and not is_trainer_state(name)
         ]
     return sorted(found)
 

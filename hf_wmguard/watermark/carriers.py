@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -270,15 +270,24 @@ def _fill(
         cost *= 0.99 * allowed / spent
 
 
-def _cost(tile: Tile, sides: tuple[int, int], ranks: Mapping[str, int]) -> float:
+def _cost(tile: Tile | Carrier, sides: tuple[int, int], ranks: Mapping[str, int]) -> float:
     left, right = sides
     # The right directions of an adapter are orthonormal.
     columns = math.inf if tile.name in ranks else tile.shape[1]
     return left * right / ((1 - left / tile.rows) * (1 - right / columns))
 
 
+def expected_change(carriers: Sequence[Carrier], steps: Mix) -> float:
+    """Return the norm of the change that marking makes, over the norm of the carrying matrices (all of one rms)."""
+    ranks = {carrier.name: carrier.rank for carrier in carriers if carrier.rank}
+    cost = sum(_cost(carrier, carrier.sides, ranks) for carrier in carriers)
+    return math.sqrt(steps.mean_square * cost / 12 / sum(math.prod(carrier.shape) for carrier in carriers))
+
+
 def _sides(tiles: tuple[Tile, ...], ranks: Mapping[str, int], projections: int) -> list[tuple[int, int]]:
     """Return the sides that bring the number of projections near, and not above, a total, in proportion to size."""
+    if not projections:
+        return [(0, 0)] * len(tiles)
     weights = sum(tile.weights for tile in tiles)
     wanted = [projections * tile.weights / weights for tile in tiles]
     sides = [

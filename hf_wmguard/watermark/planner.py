@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -37,9 +37,19 @@ _PAYLOAD_ENERGY = 600.0
 _SLACK = 3 / math.sqrt(2)
 
 
-def _evidence(log10_p: float) -> float:
-    """Return the energy at which the p-value is this small nearly always: log p = -(sqrt(energy) - slack)^2."""
+def evidence(log10_p: float) -> float:
+    """Return the energy at which log10 p is this small nearly always: ln p = -(sqrt(energy) - slack)^2.
+
+    It is also the expected -ln p itself, which must exceed the wanted one by the slack.
+    """
     return (math.sqrt(-log10_p * math.log(10)) + _SLACK) ** 2
+
+
+class Attenuates(Protocol):
+    """What an attack leaves of cosines."""
+
+    def attenuation(self, steps: Tensor) -> Tensor:
+        """Return the expected cosine of a marked projection at each step (in units of the rms), float64 [k]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +75,11 @@ class Attack:
 _REQUIRED: tuple[tuple[Attack, float], ...] = (
     (Attack(error=0.3), _PAYLOAD_ENERGY),
     (Attack(owner_weight=0.5), _PAYLOAD_ENERGY),
-    (Attack(error=0.465, owner_weight=0.783), _evidence(-61)),
-    (Attack(error=0.749, owner_weight=0.439), _evidence(-10)),
-    (Attack(error=1.0), _evidence(-10)),
-    (Attack(owner_weight=0.3, error=0.05), _evidence(-31)),
-    (Attack(owner_weight=0.1, error=0.05), _evidence(-10)),
+    (Attack(error=0.465, owner_weight=0.783), evidence(-61)),
+    (Attack(error=0.749, owner_weight=0.439), evidence(-10)),
+    (Attack(error=1.0), evidence(-10)),
+    (Attack(owner_weight=0.3, error=0.05), evidence(-31)),
+    (Attack(owner_weight=0.1, error=0.05), evidence(-10)),
 )
 
 
@@ -163,7 +173,7 @@ def weights_for(error: float, steps: Tensor) -> Tensor:
     return weights / weights.max().clamp_min(1e-300)
 
 
-def predict(mix: Mix, attack: Attack) -> tuple[float, float]:
+def predict(mix: Mix, attack: Attenuates) -> tuple[float, float]:
     """Return the expected log10 p after an attack, and the energy that is left for the payload.
 
     The p-value is what `Reading.score` would give a statistic at its mean; the energy is sum n rho^2, and a payload
