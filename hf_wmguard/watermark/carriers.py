@@ -220,7 +220,8 @@ def select_carriers(
             for one in _BUDGETS
             if sum(left * right for left, right in _fill(tiles, ranks, budget=one, step=step)[1]) >= min_projections
         )
-        advice = next((f"raise the budget to {one:g}" for one in enough), "mark more matrices")
+        more = "raise r or adapt more matrices" if ranks else "mark more matrices"
+        advice = next((f"raise the budget to {one:g}" for one in enough), more)
         raise CapacityError(
             f"too few carriers: {len(tiles)} matrices give {total} projections at budget {budget:g}, "
             f"the payload needs {min_projections}",
@@ -282,7 +283,7 @@ def _sides(tiles: tuple[Tile, ...], ranks: Mapping[str, int], projections: int) 
     ]
     spare = projections - sum(left * right for left, right in sides)
     # What rounding down left over goes, direction by direction, where most is missing.
-    gaps = sorted(range(len(tiles)), key=lambda i: sides[i][0] * sides[i][1] / wanted[i])
+    gaps = sorted(range(len(tiles)), key=lambda i: sides[i][0] * sides[i][1] / max(1.0, wanted[i]))
     for i in gaps:
         more = _side(tiles[i], ranks.get(tiles[i].name), max(sides[i]) + 1, (max(sides[i]) + 1) ** 2)
         gain = more[0] * more[1] - sides[i][0] * sides[i][1]
@@ -295,6 +296,6 @@ def _side(tile: Tile, rank: int | None, side: int, projections: float) -> tuple[
     if rank is None:
         side = min(side, tile.rows // 8, tile.shape[1] // 8)
         return side, side
-    # Half of the rank, where that is enough: the narrower the mark's subspace, the less of it a truncation takes.
+    # As many on the right as on the left, where the rank allows it; what it does not goes to the left.
     right = min(rank, max(1, side))
     return min(tile.rows // 8, int(projections / right)), right
