@@ -42,8 +42,13 @@ class ParameterBackend(Protocol):
     def read(self, name: str, row_start: int, rows: int) -> Tensor:
         """Return rows of a matrix as they are committed to; of an adapted matrix without its adapter."""
 
-    def projections(self, key: CarrierKey) -> Tensor:
-        """Return the projections of one carrier, float64 [l, r], not checked for NaN."""
+    def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
+        """Return the projections of one carrier, float64 [l, r], not checked for NaN.
+
+        Args:
+            key: The carrier key.
+            committed: Those of what `read` gave at the commitment, float64 [l, r].
+        """
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         """Move the projections of one carrier by ``shift``, float64 [l, r], changing the weights as little as may be.
@@ -91,7 +96,7 @@ class WholeParameters:
     def read(self, name: str, row_start: int, rows: int) -> Tensor:
         return self._parameters[name].data[row_start : row_start + rows]
 
-    def projections(self, key: CarrierKey) -> Tensor:
+    def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
         return project(self._tile(key), key)
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
@@ -145,8 +150,6 @@ class LoraParameters:
                 "(expected linear layers of the repeated blocks)",
                 hint='set target_modules="all-linear", or pass signature=None to mark with triggers only',
             )
-        # What the frozen matrices say along the keys never changes, and dequantizing them at every step would be slow.
-        self._fixed: dict[str, Tensor] = {}
         self._reported: set[str] = set()
 
     def shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -161,17 +164,16 @@ class LoraParameters:
     def read(self, name: str, row_start: int, rows: int) -> Tensor:
         base = self._adapters[name].module.base_layer
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-            # The first evaluation on a CPU rearranges 4-bit weights, which then dequantize to garbage; asking for the
-            # layer's state puts them back.
-            base.state_dict()
+            raise UnsupportedError(
+                f"{name}: the 4-bit weights were rearranged by an evaluation on this CPU and cannot be read any more",
+                hint="load the base again, and evaluate it after training has begun",
+            )
         return dequantize_module_weight(base).detach()[row_start : row_start + rows]
 
-    def projections(self, key: CarrierKey) -> Tensor:
-        carrier = key.carrier
-        if carrier.name not in self._fixed:
-            self._fixed[carrier.name] = project(self.read(carrier.name, carrier.row_start, carrier.rows), key)
-        adapter = self._adapters[carrier.name]
-        return self._fixed[carrier.name] + adapter_projections(adapter.down, _rows(adapter, key), adapter.scaling, key)
+    def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
+        # The frozen matrix says what it said at the commitment: it is not dequantized at every step.
+        adapter = self._adapters[key.carrier.name]
+        return committed + adapter_projections(adapter.down, _rows(adapter, key), adapter.scaling, key)
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         adapter = self._adapters[key.carrier.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping
@@ -100,6 +101,7 @@ class Mark:
         if self.config.signature is not None and backend is not None:
             phase = Phase.last(self.config.signature.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
             keys = tuple(key.to(device) for key in record.carrier_keys(self.owner))
+            before = [baseline.projections_of(key) for key, baseline in zip(keys, record.baselines, strict=True)]
             rounding_key = self.owner.derive(
                 "rounding",
                 model_id=record.model_id,
@@ -107,7 +109,7 @@ class Mark:
                 slot=record.slot,
                 salt=bytes.fromhex(record.salt),
             )
-            self._signature = SignatureStep(keys, backend, self.config.signature, phase, rounding_key)
+            self._signature = SignatureStep(keys, before, backend, self.config.signature, phase, rounding_key)
             self._adapters = backend.saved()
             self._restore_state(self._signature)
         if self.config.triggers is not None and record.triggers is not None:
@@ -116,14 +118,18 @@ class Mark:
 
     def _plan(self, model: Model, backend: ParameterBackend | None) -> WatermarkRecord:
         salt = new_salt()
-        triggers = None
-        if self.config.triggers is not None:
-            key = trigger_key(self.owner, self.config.model_id, self.config.iteration, salt)
-            triggers = make_triggers(key, self.config.triggers, inner_model(model), self._tokenizer)
-        plan = partial(new_record, self.owner, self.config, salt=salt, triggers=triggers)
-        if backend is None:
-            return plan(shapes={})
-        return plan(shapes=backend.shapes(), read=backend.read, bases=backend.bases())
+        plan = partial(new_record, self.owner, self.config, salt=salt)
+        record = (
+            plan(shapes={})
+            if backend is None
+            else plan(shapes=backend.shapes(), read=backend.read, bases=backend.bases())
+        )
+        if self.config.triggers is None:
+            return record
+        # After the weights were read: asking the model can rearrange quantized ones.
+        key = trigger_key(self.owner, self.config.model_id, self.config.iteration, salt)
+        triggers = make_triggers(key, self.config.triggers, inner_model(model), self._tokenizer)
+        return dataclasses.replace(record, triggers=triggers)
 
     def _commit(self, planned: WatermarkRecord) -> Committed:
         committed = commit(planned, Path(self.config.registry), self.owner)

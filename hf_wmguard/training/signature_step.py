@@ -25,6 +25,7 @@ class SignatureStep:
 
     Args:
         keys: The carriers with their keys, on the model's device.
+        committed: Their projections when the scheme was committed.
         backend: Where the carriers lie.
         config: Form, strength and ramp.
         phase: The marked phase.
@@ -34,12 +35,14 @@ class SignatureStep:
     def __init__(
         self,
         keys: tuple[CarrierKey, ...],
+        committed: list[Tensor],
         backend: ParameterBackend,
         config: SignatureConfig,
         phase: Phase,
         rounding_key: bytes,
     ) -> None:
         self.keys = keys
+        self._committed = committed
         self._backend = backend
         self._strength = config.strength
         self._by_gradient = config.form == "gradient"
@@ -99,7 +102,9 @@ class SignatureStep:
 
     @torch.no_grad()
     def _read(self) -> None:
-        self._projections = [self._backend.projections(key) for key in self.keys]
+        self._projections = [
+            self._backend.projections(key, before) for key, before in zip(self.keys, self._committed, strict=True)
+        ]
         # One check for all: each would make a GPU wait.
         if not bool(torch.isfinite(torch.cat([one.flatten() for one in self._projections])).all()):
             broken = next(k for k, p in zip(self.keys, self._projections, strict=True) if not torch.isfinite(p).all())
