@@ -48,15 +48,23 @@ class SignatureConfig:
             small steps survive merging, large ones pruning and noise.
         ramp: Share of the marked phase over which the mark is brought in; for the rest it is held while training
             adapts around it.
+        form: ``decoupled`` (a step of its own after the optimizer's) or ``gradient`` (a term of the loss, for the whole
+            phase, and one step at its end that brings in what is missing; adaptive optimizers normalise most of the
+            term away).
+        strength: Factor of the signature loss in the gradient form.
     """
 
     last_epochs: float = 1.0
     budget: float = 0.01
     step: float | None = None
     ramp: float = 0.75
+    form: Literal["decoupled", "gradient"] = "decoupled"
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         _settle(self, "signature")
+        _require(self.form in ("decoupled", "gradient"), "signature.form", self.form, "expected decoupled or gradient")
+        _require(0 < self.strength < math.inf, "signature.strength", self.strength, "expected more than 0; 1 is usual")
         _require(0 < self.last_epochs < math.inf, "signature.last_epochs", self.last_epochs, "expected more than 0")
         _require(
             0 < self.budget <= 0.2,

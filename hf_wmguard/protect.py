@@ -39,7 +39,9 @@ from hf_wmguard.evidence.registry import Entry, Registry, commitment_digest
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.reader import Encrypted, tile_reader
 from hf_wmguard.suspects.tensors import encode
+from hf_wmguard.watermark.baseline import Baseline
 from hf_wmguard.watermark.carriers import Tile, select_carriers
+from hf_wmguard.watermark.lowrank import adapter_projections
 from hf_wmguard.watermark.payload import MIN_CODE_BITS
 from hf_wmguard.watermark.record import SALT_BYTES, WatermarkRecord, carrier_stream
 from hf_wmguard.watermark.signature import CarrierKey, Reading, read_signature
@@ -51,7 +53,7 @@ DEK_BYTES = 32
 _CHECKED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _INDEX = "model.safetensors.index.json"
-_COVERED = ("config.json", "generation_config.json", _INDEX)
+_COVERED = ("config.json", "adapter_config.json", "generation_config.json", _INDEX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +84,28 @@ class Committed:
         return cls(record=WatermarkRecord.from_json(record), entry=entry)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedAdapter:
+    """Where a save holds the low-rank adapter of one matrix.
+
+    Args:
+        down: Name of A [rank, columns].
+        up: Name of B [rows, rank].
+        scaling: Factor s of s B A.
+    """
+
+    down: str
+    up: str
+    scaling: float
+
+
 def new_record(
     owner: OwnerKey,
     config: WatermarkConfig,
     *,
     salt: bytes,
     shapes: Mapping[str, tuple[int, int]],
-    read: Callable[[str, int, int], Tensor],
+    read: Callable[[str, int, int], Tensor] | None = None,
     triggers: TriggerSet | None = None,
     bases: Mapping[str, tuple[int, bytes]] | None = None,
 ) -> WatermarkRecord:
@@ -99,7 +116,8 @@ def new_record(
         config: Names, budget and step.
         salt: From `new_salt`.
         shapes: Rows and columns of every matrix that may carry; none where the config asks for no signature.
-        read: Returns rows of a matrix: name, first row, number of rows; any float dtype.
+        read: Returns rows of a matrix: name, first row, number of rows; any float dtype. None where the config asks
+            for no signature.
         triggers: The trigger set, if any.
         bases: Of low-rank adapters: rank and row space of each matrix.
     Raises:
@@ -114,7 +132,7 @@ def new_record(
         salt=salt,
         triggers=triggers,
     )
-    if config.signature is None:
+    if config.signature is None or read is None:
         return create()
 
     def rms_of(tile: Tile) -> float:
@@ -226,8 +244,20 @@ class ProtectedWriter:
             )
         )
 
-    def read_back(self, keys: tuple[CarrierKey, ...]) -> Reading:
-        """Return what the signature says in the files as they were written, decrypted again."""
+    def read_back(
+        self,
+        keys: tuple[CarrierKey, ...],
+        *,
+        adapters: Mapping[str, SavedAdapter] | None = None,
+        baselines: tuple[Baseline, ...] = (),
+    ) -> Reading:
+        """Return what the signature says in the files as they were written, decrypted again.
+
+        Args:
+            keys: All carriers of the scheme, in order.
+            adapters: By carrier, where the save holds an adapter instead of the matrix.
+            baselines: What the matrices without their adapters say along the keys, in the same order.
+        """
         with ExitStack() as stack:
             files = [
                 stack.enter_context(
@@ -235,7 +265,11 @@ class ProtectedWriter:
                 )
                 for record in self._records
             ]
-            return read_signature(keys, tile_reader(Encrypted({name: file for file in files for name in file.names()})))
+            written = Encrypted({name: file for file in files for name in file.names()})
+            if not adapters:
+                return read_signature(keys, tile_reader(written))
+            pairs = zip(keys, baselines, strict=True)
+            return Reading.of(keys, [_read_adapter(written, adapters[k.carrier.name], k, base) for k, base in pairs])
 
     def finish(
         self,
@@ -301,6 +335,15 @@ class ProtectedWriter:
 
     def __repr__(self) -> str:
         return f"ProtectedWriter({str(self._folder)!r})"
+
+
+def _read_adapter(written: Encrypted, adapter: SavedAdapter, key: CarrierKey, baseline: Baseline) -> Tensor | None:
+    shapes, carrier = written.shapes(), key.carrier
+    if shapes.get(adapter.up, ())[:1] != carrier.shape[:1] or adapter.down not in shapes:
+        return None
+    down = written.rows(adapter.down, 0, shapes[adapter.down][0])
+    up = written.rows(adapter.up, carrier.row_start, carrier.rows)
+    return baseline.projections_of(key) + adapter_projections(down, up, adapter.scaling, key)
 
 
 def registry_body(manifest: Manifest, folder: Path) -> dict[str, Any]:

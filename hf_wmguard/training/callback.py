@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import (
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -24,8 +24,9 @@ from hf_wmguard.errors import ManifestError, UnsavedRunError, UsageError
 from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import read_state_dict
+from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.mark import Mark
-from hf_wmguard.training.saving import guard_saves
+from hf_wmguard.training.saving import Model, guard_saves
 from hf_wmguard.training.support import check_arguments, check_model, check_optimizer
 
 _logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class WatermarkCallback(TrainerCallback):
         trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
         trainer._load_best_model = load_best_model  # type: ignore[method-assign]
 
-    def _guard(self, model: Any) -> PreTrainedModel:
+    def _guard(self, model: Any) -> Model:
         checked = check_model(model)
         guard_saves(checked, self.mark.save)
         return checked
@@ -83,8 +84,13 @@ class WatermarkCallback(TrainerCallback):
             )
         owner = self.mark.owner
         tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())
-        result = model.load_state_dict(tensors, strict=False)
-        if self._trainer is not None:
+        result = (
+            set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+            if isinstance(model, PeftModel)
+            else model.load_state_dict(tensors, strict=False)
+        )
+        # An adapter's checkpoint lacks the base's weights, as it should.
+        if self._trainer is not None and not isinstance(model, PeftModel):
             self._trainer._issue_warnings_after_load(result)
         self.mark.resumed_from(folder)
 
@@ -114,6 +120,12 @@ class WatermarkCallback(TrainerCallback):
     ) -> None:
         """Mix triggers in, before the ordinary forward and backward."""
         self.mark.before_step(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the signature's gradient, after clipping."""
+        self.mark.before_optimizer()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from hf_wmguard.canonical import decode_base64, encode_base64
 from hf_wmguard.config import WatermarkConfig
@@ -19,16 +20,18 @@ from hf_wmguard.probing.local import answers
 from hf_wmguard.protect import (
     Committed,
     ProtectedWriter,
+    SavedAdapter,
     State,
     commit,
     new_record,
     new_salt,
     registry_body,
 )
-from hf_wmguard.training.saving import Save, weights_go_to
-from hf_wmguard.training.schedule import Phase, Ramp
+from hf_wmguard.training.backends import ParameterBackend, backend_of
+from hf_wmguard.training.saving import Model, Save, inner_model, weights_go_to
+from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.signature_step import SignatureStep
-from hf_wmguard.training.support import carrying_shapes, check_finite
+from hf_wmguard.training.support import check_finite
 from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
 from hf_wmguard.watermark.pvalues import log10_binomial_tail
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
@@ -58,6 +61,7 @@ class Mark:
         self._triggered_step = 0
         self._finished = False
         self._signature: SignatureStep | None = None
+        self._adapters: Mapping[str, SavedAdapter] = {}
         self._triggers: TriggerStep | None = None
         self._tokenizer: Any = None
         self._step = 0
@@ -65,7 +69,7 @@ class Mark:
 
     def begin(
         self,
-        model: PreTrainedModel,
+        model: Model,
         tokenizer: Any,
         *,
         max_steps: int,
@@ -87,36 +91,45 @@ class Mark:
         """
         self._tokenizer, self._step = tokenizer, step
         self._saved_step, self._finished = None, False
-        parameters = dict(model.named_parameters())
-        check_finite(parameters)
+        check_finite(dict(model.named_parameters()))
+        backend = backend_of(model) if self.config.signature is not None else None
         if self.committed is None:
-            planned = self._plan(model, parameters)
+            planned = self._plan(model, backend)
             self.committed = self._find(planned) if step else self._commit(planned)
         record = self.committed.record
         device = next(model.parameters()).device
-        if self.config.signature is not None:
+        if self.config.signature is not None and backend is not None:
             phase = Phase.last(self.config.signature.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
             keys = tuple(key.to(device) for key in record.carrier_keys(self.owner))
-            self._signature = SignatureStep(keys, parameters, Ramp(phase=phase, share=self.config.signature.ramp))
+            before = [baseline.projections_of(key) for key, baseline in zip(keys, record.baselines, strict=True)]
+            rounding_key = self.owner.derive(
+                "rounding",
+                model_id=record.model_id,
+                iteration=record.iteration,
+                slot=record.slot,
+                salt=bytes.fromhex(record.salt),
+            )
+            self._signature = SignatureStep(keys, before, backend, self.config.signature, phase, rounding_key)
+            self._adapters = backend.saved()
             self._restore_state(self._signature)
         if self.config.triggers is not None and record.triggers is not None:
             phase = Phase.last(self.config.triggers.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
             self._triggers = TriggerStep(record.triggers, self.config.triggers, phase, tokenizer)
 
-    def _plan(self, model: PreTrainedModel, parameters: dict[str, Any]) -> WatermarkRecord:
+    def _plan(self, model: Model, backend: ParameterBackend | None) -> WatermarkRecord:
         salt = new_salt()
-        triggers = None
-        if self.config.triggers is not None:
-            key = trigger_key(self.owner, self.config.model_id, self.config.iteration, salt)
-            triggers = make_triggers(key, self.config.triggers, model, self._tokenizer)
-        return new_record(
-            self.owner,
-            self.config,
-            salt=salt,
-            shapes=carrying_shapes(parameters) if self.config.signature is not None else {},
-            read=lambda name, start, rows: parameters[name].data[start : start + rows],
-            triggers=triggers,
+        plan = partial(new_record, self.owner, self.config, salt=salt)
+        record = (
+            plan(shapes={})
+            if backend is None
+            else plan(shapes=backend.shapes(), read=backend.read, bases=backend.bases())
         )
+        if self.config.triggers is None:
+            return record
+        # After the weights were read: asking the model can rearrange quantized ones.
+        key = trigger_key(self.owner, self.config.model_id, self.config.iteration, salt)
+        triggers = make_triggers(key, self.config.triggers, inner_model(model), self._tokenizer)
+        return dataclasses.replace(record, triggers=triggers)
 
     def _commit(self, planned: WatermarkRecord) -> Committed:
         committed = commit(planned, Path(self.config.registry), self.owner)
@@ -162,21 +175,24 @@ class Mark:
             sealed = decode_base64(manifest.sealed_state, "sealed state")
             signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
 
-    def before_step(self, model: PreTrainedModel) -> None:
+    def before_step(self, model: Model) -> None:
         """Add the trigger gradients that belong to the coming optimizer step."""
         coming = self._step + 1
         # Data without a length can end inside an accumulation: the step then begins twice, its triggers come once.
         if self._triggers is not None and self._triggers.due(coming) and self._triggered_step != coming:
             self._triggered_step = coming
-            self._triggers.run(model, coming)
+            self._triggers.run(inner_model(model), coming)
+
+    def before_optimizer(self) -> None:
+        """Add the signature's gradient to those of the coming optimizer step."""
+        if self._signature is not None:
+            self._signature.before_optimizer(self._step + 1)
 
     def after_step(self) -> None:
         """Take the signature step that follows an optimizer step."""
         self._step += 1
         if self._signature is not None:
-            strength = self._signature.ramp.strength(self._step)
-            if strength > 0:
-                self._signature.run(strength)
+            self._signature.after_optimizer(self._step)
 
     def finish(self) -> None:
         """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""
@@ -184,11 +200,13 @@ class Mark:
         self._finished = True
         if self._signature is None:
             return
-        moved = self._signature.run(1.0)
+        last = self._signature.last_change
+        self._signature.run(1.0, self._step)
+        rest = self._signature.last_change
+        _logger.info("last step to the lattice: relative weight change %.2g, at the end of training %.2g", last, rest)
         if early:
             _logger.warning(
-                "training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)",
-                moved,
+                "training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)", rest
             )
 
     @property
@@ -216,7 +234,7 @@ class Mark:
             values |= self._triggers.metrics
         return values
 
-    def save(self, model: PreTrainedModel, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
+    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
         """Write one save of the model as ciphertext, judge it by what was written, and sign the verdict.
 
         Args:
@@ -227,11 +245,13 @@ class Mark:
         """
         signature, sealed = None, None
         with ProtectedWriter(folder, config=self.config, owner=self.owner) as writer:
-            with weights_go_to(writer.add):
+            with weights_go_to(writer.add, model):
                 # Into the staging folder: transformers clears old shards and rewrites the config before it writes.
                 plain_save(writer.staging, **kwargs)
             if self._signature is not None and self.committed is not None:
-                reading = writer.read_back(self._signature.keys)
+                reading = writer.read_back(
+                    self._signature.keys, adapters=self._adapters, baselines=self.committed.record.baselines
+                )
                 payload = self.committed.record.decode_payload(self.owner, reading.soft)
                 signature = SignatureSummary(
                     bit_error_rate=reading.bit_error_rate,
@@ -255,13 +275,13 @@ class Mark:
             self._saved_step = self._step
         self._report(manifest, folder)
 
-    def _trigger_summary(self, model: PreTrainedModel) -> TriggerSummary | None:
+    def _trigger_summary(self, model: Model) -> TriggerSummary | None:
         triggers = self.committed.record.triggers if self.committed else None
         if triggers is None:
             return None
         rate = None
         if self.state == "complete":
-            rate = count_matches(answers(model, self._tokenizer, triggers), triggers) / triggers.count
+            rate = count_matches(answers(inner_model(model), self._tokenizer, triggers), triggers) / triggers.count
         return TriggerSummary(count=triggers.count, candidates=len(triggers.candidates[0]), match_rate=rate)
 
     def _report(self, manifest: Manifest, folder: Path) -> None:

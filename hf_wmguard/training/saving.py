@@ -10,34 +10,42 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, NoReturn
 
-import transformers.modeling_utils as modeling_utils
+import peft.peft_model
+import transformers.modeling_utils
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_wmguard.errors import UnsupportedError
 
+Model = PreTrainedModel | PeftModel
 Sink = Callable[[Mapping[str, Tensor], Path, Mapping[str, str] | None], None]
 Save = Callable[..., None]
-GuardedSave = Callable[[PreTrainedModel, Save, Path, dict[str, Any]], None]
+GuardedSave = Callable[[Model, Save, Path, dict[str, Any]], None]
 _WRITER = "safe_save_file"
 _patching = threading.RLock()
 
 
 @contextmanager
-def weights_go_to(sink: Sink) -> Iterator[None]:
+def weights_go_to(sink: Sink, model: Model) -> Iterator[None]:
     """Send what this thread's ``save_pretrained`` would write as safetensors to ``sink`` instead.
 
-    transformers writes weights through one function of `transformers.modeling_utils`. It is replaced for the
-    length of one save; other threads' saves still reach the original.
+    transformers writes weights through one function of `transformers.modeling_utils`, and peft through one of
+    `peft.peft_model`. It is replaced for the length of one save; other threads' saves still reach the original.
 
+    Args:
+        sink: Called with the tensors, the file's path and its metadata.
+        model: The model that is saved.
     Raises:
-        UnsupportedError: This release of transformers writes weights in another way.
+        UnsupportedError: This release of transformers or peft writes weights in another way.
     """
+    library: Any = peft.peft_model if isinstance(model, PeftModel) else transformers.modeling_utils
     with _patching:
-        original = getattr(modeling_utils, _WRITER, None)
+        original = getattr(library, _WRITER, None)
         if original is None:
+            name = library.__name__.partition(".")[0]
             raise UnsupportedError(
-                "this release of transformers writes weights in a way that cannot be intercepted",
+                f"this release of {name} writes weights in a way that cannot be intercepted",
                 hint="install a release that pip install hf-wmguard allows",
             )
         thread = threading.get_ident()
@@ -48,11 +56,11 @@ def weights_go_to(sink: Sink) -> Iterator[None]:
             else:
                 original(tensors, filename, metadata=metadata)
 
-        setattr(modeling_utils, _WRITER, save_file)
+        setattr(library, _WRITER, save_file)
         try:
             yield
         finally:
-            setattr(modeling_utils, _WRITER, original)
+            setattr(library, _WRITER, original)
 
 
 class _GuardedSave:
@@ -64,7 +72,7 @@ class _GuardedSave:
 
     __slots__ = ("_model", "_save")
 
-    def __init__(self, model: PreTrainedModel, save: GuardedSave) -> None:
+    def __init__(self, model: Model, save: GuardedSave) -> None:
         self._model = model
         self._save = save
 
@@ -76,6 +84,11 @@ class _GuardedSave:
         if kwargs.get("distributed_checkpoint"):
             raise UnsupportedError(
                 "distributed_checkpoint writes plaintext", hint="call save_pretrained without distributed_checkpoint"
+            )
+        if not kwargs.get("safe_serialization", True) or kwargs.get("path_initial_model_for_weight_conversion"):
+            raise UnsupportedError(
+                "a converted adapter, or one that is not safetensors, would be plaintext",
+                hint="call save_pretrained(folder) without safe_serialization or weight conversion",
             )
         if not kwargs.get("is_main_process", True):
             return
@@ -107,7 +120,13 @@ class _RefusedSave:
         self()
 
 
-def guard_saves(model: PreTrainedModel, save: GuardedSave) -> None:
+def inner_model(model: Model) -> PreTrainedModel:
+    """Return the model itself, or the one that adapters were put into."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner  # type: ignore[no-any-return]
+
+
+def guard_saves(model: Model, save: GuardedSave) -> None:
     """Shadow ``save_pretrained`` on one model, so that every save of it goes through ``save``.
 
     The models inside it (``model.base_model``) share its weights, and refuse to be saved.
@@ -117,5 +136,5 @@ def guard_saves(model: PreTrainedModel, save: GuardedSave) -> None:
         save: Called with the model, the unguarded ``save_pretrained``, the folder and the other arguments.
     """
     for part in model.modules():
-        if isinstance(part, PreTrainedModel):
+        if isinstance(part, Model):
             part.save_pretrained = _GuardedSave(model, save) if part is model else _RefusedSave()  # type: ignore[method-assign,assignment]

@@ -5,41 +5,71 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
-from hf_wmguard.watermark.carriers import is_carrier
+from hf_wmguard.training.backends import ADAPTER
+from hf_wmguard.training.saving import Model
 
 
-def check_model(model: nn.Module | None) -> PreTrainedModel:
+def check_model(model: nn.Module | None) -> Model:
     """Return the model if its saves can be intercepted.
 
     Raises:
-        UnsupportedError: Not a `PreTrainedModel`, an adapter, quantized, or partly on disk.
+        UnsupportedError: Not a `PreTrainedModel` or a LoRA adapter on one, quantized, or partly on disk.
     """
-    if not isinstance(model, PreTrainedModel):
+    inner = model
+    if isinstance(model, PeftModel):
+        _check_adapters(model)
+        inner = model.get_base_model()
+    if not isinstance(inner, PreTrainedModel) or not isinstance(model, Model):
         raise UnsupportedError(
-            f"model is {type(model).__name__}, expected a transformers PreTrainedModel: "
+            f"model is {type(inner).__name__}, expected a transformers PreTrainedModel or a PeftModel of one: "
             "the Trainer saves anything else in plaintext",
-            hint="wrap the network in a PreTrainedModel; PEFT adapters are not supported by this version",
+            hint="wrap the network in a PreTrainedModel",
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedError("model has PEFT adapters", hint="merge them first, or train without hf-wmguard")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedError("model is quantized", hint="load it without quantization_config, in float32")
+    if model is inner and getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedError(
+            "model has PEFT adapters of its own", hint="use peft.get_peft_model instead of model.add_adapter"
+        )
+    if getattr(inner, "hf_quantizer", None) is not None and not (model is not inner and _is_4bit(inner)):
+        raise UnsupportedError(
+            "model is quantized",
+            hint="load it without quantization_config, or train a LoRA adapter on a bitsandbytes 4-bit base",
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise UnsupportedError(
             f"model lies on {', '.join(sorted(map(str, devices)))}, expected one CPU or CUDA device",
             hint="load it without device_map",
         )
-    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+    if "disk" in (getattr(inner, "hf_device_map", None) or {}).values():
         raise UnsupportedError(
             "model is offloaded to disk, where its weights lie in plaintext",
             hint="load it without offload_folder",
         )
     return model
+
+
+def _check_adapters(model: PeftModel) -> None:
+    """Refuse the kinds of adapters whose saves or whose weights this version cannot follow."""
+    if list(model.peft_config) != [ADAPTER]:
+        raise UnsupportedError(
+            f"model has adapters {', '.join(model.peft_config)}, expected one, named {ADAPTER}",
+            hint="merge the others first, or train in a process of their own",
+        )
+    kind = model.peft_config[ADAPTER].peft_type
+    if kind != PeftType.LORA:
+        raise UnsupportedError(
+            f"PEFT adapters of type {getattr(kind, 'value', kind)} are not supported by this version, expected LORA",
+            hint="use LoraConfig, or merge the adapter and train the whole model",
+        )
+
+
+def _is_4bit(model: Any) -> bool:
+    return getattr(model.hf_quantizer.quantization_config, "load_in_4bit", False) is True
 
 
 def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
@@ -106,26 +136,3 @@ def check_optimizer(optimizer: Any) -> None:
                         f"the optimizer's state {name!r} holds the weights, and optimizer.pt is plaintext",
                         hint="set save_only_model=True, or use another optimizer",
                     )
-
-
-def carrying_shapes(parameters: dict[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the matrices that may carry the signature: trained ones of the repeated blocks.
-
-    Raises:
-        UnsupportedError: All of them are frozen, or one is not float32.
-    """
-    fit = {name: one for name, one in parameters.items() if is_carrier(name, tuple(one.shape))}
-    trained = {name: one for name, one in fit.items() if one.requires_grad}
-    if fit and not trained:
-        raise UnsupportedError(
-            f"all {len(fit)} matrices that could carry the signature are frozen",
-            hint="train some of them, or pass signature=None to mark with triggers only",
-        )
-    for name, parameter in trained.items():
-        if parameter.dtype != torch.float32:
-            # A shift of 1e-6 vanishes when it is rounded to bf16 or fp16: the mark would silently not be there.
-            raise UnsupportedError(
-                f"{name} is {parameter.dtype}, expected float32",
-                hint="load the model with dtype=torch.float32; bf16=True in TrainingArguments keeps float32 weights",
-            )
-    return {name: (one.shape[0], one.shape[1]) for name, one in trained.items()}

@@ -222,7 +222,8 @@ def select_carriers(
             for one in _BUDGETS
             if sum(left * right for left, right in _fill(tiles, ranks, budget=one, step=step)[1]) >= min_projections
         )
-        advice = next((f"raise the budget to {one:g}" for one in enough), "mark more matrices")
+        more = "raise r or adapt more matrices" if ranks else "mark more matrices"
+        advice = next((f"raise the budget to {one:g}" for one in enough), more)
         raise CapacityError(
             f"too few carriers: {len(tiles)} matrices give {total} projections at budget {budget:g}, "
             f"the payload needs {min_projections}",
@@ -310,6 +311,6 @@ def _side(tile: Tile, rank: int | None, side: int, projections: float) -> tuple[
     if rank is None:
         side = min(side, tile.rows // 8, tile.shape[1] // 8)
         return side, side
-    # Half of the rank, where that is enough: the narrower the mark's subspace, the less of it a truncation takes.
+    # As many on the right as on the left, where the rank allows it; what it does not goes to the left.
     right = min(rank, max(1, side))
     return min(tile.rows // 8, int(projections / right)), right

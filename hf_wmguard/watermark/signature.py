@@ -112,6 +112,12 @@ def _right_factor(columns: Tensor) -> Tensor:
     return factor.float().contiguous()
 
 
+def project(tile: Tensor, key: CarrierKey) -> Tensor:
+    """Return A^T W B of a tile of the right shape, unchecked, float64 [l, r]: nothing waits for the device."""
+    weights = tile.detach().to(device=key.left.device, dtype=torch.float32)
+    return (key.left.T @ weights @ key.right).double()
+
+
 def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
     """Return the projections of one carrier.
 
@@ -130,8 +136,7 @@ def read_projections(tile: Tensor, key: CarrierKey) -> Tensor:
             f"{key.carrier.name}: tile is {tuple(tile.shape)}, expected {expected}",
             hint="the model's shapes have changed",
         )
-    weights = tile.detach().to(device=key.left.device, dtype=torch.float32)
-    projections = (key.left.T @ weights @ key.right).double()
+    projections = project(tile, key)
     if not bool(torch.isfinite(projections).all()):
         raise NonFiniteWeightError(
             f"{key.carrier.name}: a weight is NaN or Inf",
@@ -154,6 +159,12 @@ def residual(projections: Tensor, key: CarrierKey) -> Tensor:
     """Return Q(P) - P, float64 [l, r]: the way to the nearest point of the lattice d + c D/2 + D Z."""
     offset = projections - key.dither - key.bits * (key.step / 2)
     return key.step * torch.round(offset / key.step) - offset
+
+
+def loss_gradient(projections: Tensor, key: CarrierKey) -> Tensor:
+    """Return the gradient of this carrier's sum of (1 - cos(2 pi (P - d - c D/2) / D)) / 2, float64 [l, r]."""
+    offset = projections - key.dither - key.bits * (key.step / 2)
+    return (math.pi / key.step) * torch.sin(2 * math.pi * offset / key.step)
 
 
 def move_(tile: Tensor, key: CarrierKey, shift: Tensor) -> None:
