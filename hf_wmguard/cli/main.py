@@ -16,6 +16,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hf_wmguard.cli.options import (
+    AlphaOption,
+    IdentityOption,
+    JsonOption,
+    ModelIdOption,
+    OwnerKeyOption,
+    RegistryOption,
+    SignerOption,
+)
+from hf_wmguard.cli.stress import stress
 from hf_wmguard.errors import WmguardError
 
 app = typer.Typer(
@@ -27,19 +37,6 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
-
-OwnerKeyOption = Annotated[str, typer.Option("--owner-key", help="Reference to the owner key: file:PATH or env:NAME.")]
-RegistryOption = Annotated[Path, typer.Option("--registry", help="Folder of the owner's registry.")]
-ModelIdOption = Annotated[str | None, typer.Option("--model-id", help="Only this model's commitments.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-AlphaOption = Annotated[float, typer.Option("--alpha-log10", help="Level of the verdict, log10 of p, below 0.")]
-IdentityOption = Annotated[
-    str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
-]
-SignerOption = Annotated[
-    str | None,
-    typer.Option("--signer", help="Reference to the owner's public key that must have signed, file:owner.key.pub."),
-]
 
 
 class KeyKind(StrEnum):
@@ -199,6 +196,9 @@ def decrypt(
         _err.print(f"plaintext weights are now in {out}", style="yellow", markup=False, soft_wrap=True)
         for file in files:
             _out.print(str(file), markup=False, highlight=False, soft_wrap=True)
+
+
+app.command()(stress)
 
 
 def _table(title: str) -> Table:
