@@ -72,11 +72,13 @@ def _print(outcome: Outcome, page: Path) -> None:
     from hf_wmguard.robustness.report import COLUMNS, table_rows
 
     console = Console()
-    table = Table(title="what the mark survives")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
+    # Figures whole; on a narrow terminal the name of the attack is folded, and what is left out stands in the report.
+    table = Table(title="what the mark survives", box=None, padding=(0, 2, 0, 0))
+    shown = COLUMNS[:-2]
+    for index, column in enumerate(shown):
+        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=index > 0)
     for row in table_rows(outcome):
-        table.add_row(*(f"[{_COLOURS.get(cell, 'default')}]{escape(cell)}[/]" for cell in row))
+        table.add_row(*(f"[{_COLOURS.get(cell, 'default')}]{escape(cell)}[/]" for cell in row[: len(shown)]))
     console.print(table)
     for one in outcome.skipped:
         console.print(f"not run: {one.attack}: {one.reason}", markup=False, soft_wrap=True, highlight=False)

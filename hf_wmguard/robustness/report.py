@@ -13,9 +13,7 @@ from hf_wmguard.atomic import write_atomic
 from hf_wmguard.robustness.plots import plot_family, plot_overview
 from hf_wmguard.robustness.results import Outcome, Result
 
-COLUMNS = (
-    "attack", "verdict", "log10 p", "bit errors", "payload", "utility", "utility lost", "weight change", "seconds",
-)  # fmt: skip
+COLUMNS = ("attack", "verdict", "log10 p", "errors", "payload", "utility", "lost", "change", "seconds")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; }
@@ -32,11 +30,12 @@ _READING = """
 <ul>
 <li><b>log10 p</b> is a proven upper bound on the chance that a model made without this key looks like this one,
 corrected for every commitment that was tried. The verdict is <i>detected</i> at -9 or below.</li>
-<li><b>bit errors</b>: share of wrong code bits before error correction; 0.5 is what chance gives. <b>payload</b>:
+<li><b>errors</b>: share of wrong code bits before error correction; 0.5 is what chance gives. <b>payload</b>:
 whether all its bits could still be read.</li>
-<li><b>utility lost</b>: against the unattacked model, on rows that no attack was trained on. An attack that loses more
-than 5% (marked *) is no win for a thief. Attacks that only rename or rearrange lose nothing, and are not measured.</li>
-<li><b>weight change</b>: norm of the change over the norm of the matrices of the numbered blocks.</li>
+<li><b>utility</b> is accuracy or perplexity, <b>lost</b> how much worse
+than the unattacked model's, on rows that no attack was trained on. An attack that loses more than 5% (marked *) is no
+win for a thief. Attacks that only rename or rearrange lose nothing, and are not measured.</li>
+<li><b>change</b>: norm of the change over the norm of the matrices of the numbered blocks.</li>
 </ul>
 """
 
