@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 Rows = list[dict[str, Any]]
 _TEMPERATURE = 2.0
@@ -89,7 +89,7 @@ def distill(
 
 def _train(kind: type[Trainer], model: Any, rows: Rows, *, learning_rate: float, epochs: float, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        kind(
+        trainer = kind(
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
@@ -105,7 +105,10 @@ def _train(kind: type[Trainer], model: Any, rows: Rows, *, learning_rate: float,
                 seed=seed,
             ),
             train_dataset=rows,
-        ).train()
+        )
+        # It prints to stdout, where results belong.
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
 
 
 def _state(model: Any) -> dict[str, Tensor]:

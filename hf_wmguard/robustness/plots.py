@@ -56,11 +56,16 @@ def plot_family(results: Sequence[Result]) -> bytes:
         results: All of one family; curves over the strength where it is a scale, bars where it is not.
     """
     panels: list[tuple[str, Callable[[Result], float]]] = [
-        ("-log10 p: what is left of the mark", _strength),
+        ("-log10 p (red: detected from here on)", _strength),
         ("bit error rate", lambda result: result.bit_error_rate),
     ]
     if any(result.utility for result in results):
-        panels.append(("utility lost, %", lambda result: 100 * result.utility.loss if result.utility else math.nan))
+        panels.append(
+            (
+                "utility lost, % (red: no win beyond)",
+                lambda result: 100 * result.utility.loss if result.utility else math.nan,
+            )
+        )
     scale = all(result.axis for result in results)
     figure = _figure(4.2 * len(panels), 3.6 if scale else 1.1 + 0.3 * len(results))
     row = figure.subplots(1, len(panels), sharey=not scale)
@@ -70,10 +75,11 @@ def plot_family(results: Sequence[Result]) -> bytes:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     which = "y" if scale else "x"
-    _log_axis(row[0], which, _P_TICKS, -DEFAULT_ALPHA_LOG10)
+    _log_axis(row[0], which, _P_TICKS, [_strength(result) for result in results], -DEFAULT_ALPHA_LOG10)
     getattr(row[1], f"set_{which}lim")(-0.01, 0.56)
     if len(panels) == 3:
-        _log_axis(row[2], which, _LOSS_TICKS, 100 * COSTLY)
+        losses = [100 * result.utility.loss for result in results if result.utility]
+        _log_axis(row[2], which, _LOSS_TICKS, losses, 100 * COSTLY)
     if scale:
         handles, labels = row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -104,10 +110,9 @@ def _bars(axes: Any, results: Sequence[Result], value: Callable[[Result], float]
     axes.axvline(0, color="black", linewidth=0.8)
 
 
-def _log_axis(axes: Any, which: str, ticks: Sequence[int], bound: float) -> None:
+def _log_axis(axes: Any, which: str, ticks: Sequence[int], values: Sequence[float], bound: float) -> None:
     """Scale an axis linearly around zero and by the logarithm beyond, with round figures, and draw the bound in red."""
-    low, high = getattr(axes, f"get_{which}lim")()
-    low, high = min(low, 0), max(high, 1.5 * bound)
+    low, high = 1.2 * min(0, *values), 1.3 * max(bound, *values)
     getattr(axes, f"set_{which}scale")("symlog", linthresh=_LINEAR)
     shown = [tick for tick in ticks if low <= tick <= high]
     getattr(axes, f"set_{which}ticks")(shown, [f"{tick:,}" for tick in shown])

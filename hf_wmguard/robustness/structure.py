@@ -25,13 +25,14 @@ def drop_layers(tensors: StateDict, share: float) -> dict[str, Tensor]:
 
     Args:
         tensors: The state dict.
-        share: Share of the layers of each stack that are taken out, rounded to whole layers.
+        share: Share of the layers of each stack that are taken out, rounded to whole layers; at least one goes and one
+            stays.
     Source: Gromov et al. 2024 ("The unreasonable ineffectiveness of the deeper layers"), sec. 4: a run of deep layers
         goes, the last one stays.
     """
     numbers: dict[str, dict[int, int]] = {}
     for stack, layers in layers_of(tensors).items():
-        gone = min(round(share * len(layers)), len(layers) - 1)
+        gone = min(max(round(share * len(layers)), share > 0), len(layers) - 1)
         kept = layers[: len(layers) - 1 - gone] + layers[-1:]
         numbers[stack] = {old: new for new, old in enumerate(kept)}
     attacked = {}

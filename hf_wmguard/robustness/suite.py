@@ -21,7 +21,7 @@ from hf_wmguard.robustness.utility import Utility, measure, with_weights
 from hf_wmguard.suspects.reader import digest
 from hf_wmguard.verification import Report, verify
 
-Judge = Callable[[StateDict], Report]
+Judge = Callable[[StateDict | Path], Report]
 Progress = Callable[[int, int, str], None]
 
 
@@ -71,12 +71,12 @@ def run_suite(
     subject = _subject(owner, folder, base=base, other=other, text=text, data=data)
     subject |= {"model_id": model_id, "quick": quick}
 
-    def judge(suspect: StateDict) -> Report:
+    def judge(suspect: StateDict | Path) -> Report:
         return verify(suspect, owner_key=owner_key, registry=registry, model_id=model_id)
 
+    # Before anything is loaded or written: no commitment, a wrong key.
+    judge(folder)
     target = load_target(folder, owner, base=base, other=other, text=text, data=data, quick=quick, embed=embed)
-    # Before the folder of results is touched: no commitment, a wrong key.
-    judge(target.tensors)
     stream = ResultStream(out, subject)
     points, skipped = _points(chosen, target, quick)
     for done, (attack, strength) in enumerate(points):

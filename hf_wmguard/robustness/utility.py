@@ -59,10 +59,14 @@ def measure(model: nn.Module, corpus: Corpus, before: float | None = None) -> Ut
         value = _accuracy(model, corpus.held_out)
         reference = value if before is None else before
         return Utility(name="accuracy", value=value, loss=(reference - value) / reference if reference else 0.0)
-    windows = [row["input_ids"] for row in corpus.held_out]
+    windows = [_unpadded(row) for row in corpus.held_out]
     value = load_metric("perplexity").compute(predictions=windows, model=model)["perplexity"]
     reference = value if before is None else before
     return Utility(name="perplexity", value=value, loss=(value - reference) / reference)
+
+
+def _unpadded(row: dict[str, Any]) -> list[int]:
+    return [token for token, seen in zip(row["input_ids"], row["attention_mask"], strict=True) if seen]
 
 
 def _accuracy(model: nn.Module, rows: list[dict[str, Any]]) -> float:
