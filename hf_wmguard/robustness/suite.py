@@ -9,7 +9,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from hf_wmguard.errors import ConfigError, WmguardError
 from hf_wmguard.keys import OwnerKey
@@ -68,8 +67,8 @@ def run_suite(
     """
     chosen = _choose(names)
     owner = OwnerKey.load(owner_key)
-    subject = _subject(owner, folder, base=base, other=other, text=text, data=data)
-    subject |= {"model_id": model_id, "quick": quick}
+    digests = _subject(owner, {"sha256": folder, "base": base, "other": other}, {"text": text, "data": data})
+    subject = {**digests, "model_id": model_id, "quick": quick}
 
     def judge(suspect: StateDict | Path) -> Report:
         return verify(suspect, owner_key=owner_key, registry=registry, model_id=model_id)
@@ -101,15 +100,13 @@ def _choose(names: Sequence[str]) -> tuple[Attack, ...]:
     return tuple(known[name] for name in names) if names else ATTACKS
 
 
-def _subject(owner: OwnerKey, folder: Path, **files: Path | None) -> dict[str, Any]:
-    """Return what results depend on, by digest: results of other weights, text or models must not stand beside them."""
-    subject: dict[str, Any] = {"owner": owner.key_id(), "sha256": digest(folder)}
+def _subject(owner: OwnerKey, models: dict[str, Path | None], files: dict[str, Path | None]) -> dict[str, str | None]:
+    """Return what results depend on, by digest: results of other weights or text must not stand beside them."""
+    subject = {name: None if path is None else digest(path) for name, path in models.items()}
     for name, path in files.items():
-        if path is None or path.is_dir() or name in ("base", "other"):
-            subject[name] = None if path is None else digest(path)
-        else:
-            subject[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    return subject
+        # One that is missing is named by whoever reads it.
+        subject[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
+    return {"owner": owner.key_id(), **subject}
 
 
 def _points(
