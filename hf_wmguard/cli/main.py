@@ -23,6 +23,7 @@ from hf_wmguard.cli.options import (
 )
 from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json
 from hf_wmguard.cli.plan import plan
+from hf_wmguard.cli.stress import stress
 from hf_wmguard.errors import WmguardError
 
 app = typer.Typer(
@@ -203,6 +204,7 @@ def decrypt(
 
 app.command()(embed)
 app.command()(plan)
+app.command()(stress)
 
 
 def _print_report(report: Any, as_json: bool) -> None:

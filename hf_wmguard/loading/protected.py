@@ -76,7 +76,7 @@ def _read(file: ProtectedFile, name: str, progress: Progress | None) -> Tensor:
 def load_protected(
     path: str | Path,
     *,
-    identity: str | None = None,
+    identity: str | Identity | None = None,
     auto_class: Any,
     signer: str | None = None,
     **from_pretrained_kwargs: Any,
@@ -85,7 +85,8 @@ def load_protected(
 
     Args:
         path: The protected folder.
-        identity: Reference to the recipient's private key; by default the one in ``WMGUARD_IDENTITY``.
+        identity: Reference to the recipient's private key, or the key itself; by default the one in
+            ``WMGUARD_IDENTITY``.
         auto_class: An auto class (``AutoModelForCausalLM``) or a model class.
         signer: Reference to the owner's public key (``file:owner.key.pub``). Without it the manifest is checked
             against the key that it names itself, which shows that it is whole, not whose it is.
@@ -103,7 +104,8 @@ def load_protected(
     if not reference:
         raise ConfigError("no identity to decrypt with", hint=f"pass identity='file:...' or set {IDENTITY_VARIABLE}")
     pinned = load_signer(signer) if signer else None
-    tensors = read_state_dict(folder, (load_identity(reference),), signer=pinned)
+    opener = load_identity(reference) if isinstance(reference, str) else reference
+    tensors = read_state_dict(folder, (opener,), signer=pinned)
     config = from_pretrained_kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
     model = _model_class(auto_class, config).from_pretrained(
         None, config=config, state_dict=tensors, **from_pretrained_kwargs
@@ -185,7 +187,7 @@ def decrypt_folder(
     return tuple(sorted(out / name for name in weights))
 
 
-def load_suspect(path: Path, *, identity: str | None = None) -> tuple[Any, Any]:
+def load_suspect(path: Path, *, identity: str | Identity | None = None) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a local folder, plain or protected, without running code from it.
 
     Args:
