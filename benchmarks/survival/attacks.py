@@ -22,6 +22,7 @@ from torch import Tensor, nn
 Weights = Mapping[str, Tensor]
 PAYLOAD = "payload"
 NOTHING = "not detected"
+UNMARKED_TWIN = "unmarked_twin"
 GROUP = 64
 
 
@@ -254,6 +255,27 @@ def _rewrite_adapter(target: Target, folder: Path, change: Callable[[dict[str, T
     return folder
 
 
+def plain_twin(folder: Path) -> Path:
+    """Return where the unmarked twin of a marked cell lies: the same data, order and seed."""
+    return folder.with_name(folder.name.replace("-marked", "-plain"))
+
+
+def _twin(target: Target, scratch: Path) -> Path:
+    return plain_twin(target.folder) / "model"
+
+
+def _base(target: Target, scratch: Path) -> Weights:
+    return target.base
+
+
+def _innocent() -> list[Attack]:
+    """What is no copy of the model and must not be taken for one."""
+    return [
+        Attack(name=UNMARKED_TWIN, must=NOTHING, apply=_twin),
+        Attack(name="public_base", must=NOTHING, apply=_base),
+    ]
+
+
 def _torch_attacks() -> list[Attack]:
     attacks: list[tuple[str, str | float | None, Callable[[Target, Path], Weights | Path]]] = [
         ("untouched", PAYLOAD, _untouched),
@@ -311,11 +333,7 @@ def _tool_attacks() -> list[Attack]:
             for weight, must in ((0.5, PAYLOAD), (0.3, -30.0), (0.1, -9.0))
         },
     }
-    return [
-        Attack(name=name, must=must, tool=tool, heavy=tool == "gptq")
-        for tool, named in bounds.items()
-        for name, must in named.items()
-    ]
+    return [Attack(name=name, must=must, tool=tool) for tool, named in bounds.items() for name, must in named.items()]
 
 
 def _adapter_attacks() -> list[Attack]:
@@ -324,7 +342,8 @@ def _adapter_attacks() -> list[Attack]:
 
 
 ATTACKS = {
-    attack.name: attack for attack in [*_torch_attacks(), *_adapter_attacks(), *_tool_attacks(), *_heavy_attacks()]
+    attack.name: attack
+    for attack in [*_torch_attacks(), *_adapter_attacks(), *_tool_attacks(), *_heavy_attacks(), *_innocent()]
 }
 
 

@@ -33,7 +33,7 @@ class Tools:
         return (self.folder / tool / "bin" / "python").exists()
 
     def run(self, tool: str, names: Sequence[str], *, out: Path, **paths: Path) -> dict[str, float]:
-        """Make the suspects of one tool; return the seconds of each.
+        """Make the suspects of one tool; return the CPU seconds of each.
 
         Raises:
             ToolError: The adapter failed; what it made before that is there.

@@ -26,7 +26,7 @@ from typing import Any
 import tasks
 import torch
 import train as training
-from attacks import ATTACKS, Attack, Target, Weights, calibration_texts, fine_tuned_elsewhere
+from attacks import ATTACKS, UNMARKED_TWIN, Attack, Target, Weights, calibration_texts, fine_tuned_elsewhere
 from external import ToolError, Tools
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -56,7 +56,7 @@ class Settings:
         out: Folder of the whole benchmark.
         shared: Folder with data and models.
         environments: Folder that ``environments.sh`` made, or None: no external tools.
-        utility_rows: Held-out rows for the utility after an attack; 0 switches it off.
+        utility_batches: Held-out batches for the utility after an attack; 0 switches it off.
         utility_seeds: Seeds on which it is measured.
         signature: Other than default values of `SignatureConfig`.
     """
@@ -64,7 +64,7 @@ class Settings:
     out: Path
     shared: Path
     environments: Path | None
-    utility_rows: int
+    utility_batches: int
     utility_seeds: tuple[int, ...]
     signature: dict[str, Any]
 
@@ -104,10 +104,10 @@ def attack_cell(cell: Cell, names: list[str], settings: Settings) -> list[str]:
     with tempfile.TemporaryDirectory(dir=settings.out, prefix="attack-") as scratch:
         for attack in wanted:
             if attack.apply is not None:
-                start = time.perf_counter()
+                start = time.process_time()
                 try:
                     suspect = attack.apply(target, Path(scratch))
-                    judge.judge(attack, suspect, time.perf_counter() - start)
+                    judge.judge(attack, suspect, time.process_time() - start)
                 except FAILURES as error:
                     failed.append(f"{cell.name} {attack.name}: {type(error).__name__}: {error}")
         for tool in sorted({attack.tool for attack in wanted} - {"torch"}):
@@ -185,26 +185,26 @@ class _Judge:
         self, attack: Attack, suspect: Weights | Path, seconds: float | None, extra: dict[str, Any] | None = None
     ) -> None:
         """Judge one suspect and write one JSON."""
-        start = time.perf_counter()
+        start = time.process_time()
         source = suspect if isinstance(suspect, Path) else dict(suspect)
         report = verify(source, **training.owner_of(self.target.folder)).to_json()
         result = {
             "cell": self.cell.name,
             "attack": attack.name,
-            "attack_s": seconds,
-            "verify_s": time.perf_counter() - start,
+            "attack_cpu_s": seconds,
+            "verify_cpu_s": time.process_time() - start,
             "report": report,
             **(extra or {}),
         }
-        start = time.perf_counter()
+        start = time.process_time()
         result["utility"] = None if isinstance(suspect, Path) else self._utility(suspect)
-        result["utility_s"] = time.perf_counter() - start
+        result["utility_cpu_s"] = time.process_time() - start
         path = self.results / f"{attack.name}.json"
         path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".tmp").rename(path)
 
     def _utility(self, suspect: Weights) -> dict[str, float] | None:
-        if not self.settings.utility_rows or self.cell.seed not in self.settings.utility_seeds:
+        if not self.settings.utility_batches or self.cell.seed not in self.settings.utility_seeds:
             return None
         if set(suspect) != set(self.target.weights):
             return None  # Layers were dropped.
@@ -215,7 +215,7 @@ class _Judge:
 
     def _measure(self, weights: Weights) -> float:
         model = tasks.with_weights(self.cell.task, self.target.folder / "model", weights)
-        return tasks.utility(model, self.cell.task, self.settings.shared, rows=self.settings.utility_rows)
+        return tasks.utility(model, self.cell.task, self.settings.shared, batches=self.settings.utility_batches)
 
 
 def main() -> None:
@@ -225,7 +225,7 @@ def main() -> None:
         out=arguments.out.resolve(),
         shared=arguments.shared.resolve(),
         environments=arguments.environments and arguments.environments.resolve(),
-        utility_rows=arguments.utility_rows,
+        utility_batches=arguments.utility_batches,
         utility_seeds=tuple(arguments.utility_seeds),
         signature=arguments.signature,
     )
@@ -255,6 +255,7 @@ def _portions(cell: Cell, arguments: argparse.Namespace) -> list[list[str]]:
         attack
         for attack in ATTACKS.values()
         if attack.form in (None, cell.form)
+        and (attack.name != UNMARKED_TWIN or cell.seed in arguments.plain_seeds)
         and (not attack.heavy or cell.seed in arguments.heavy_seeds)
         and (attack.tool == "torch" or (arguments.environments and cell.seed in arguments.tool_seeds))
         and (not arguments.attacks or any(attack.name.startswith(part) for part in arguments.attacks))
@@ -287,12 +288,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--forms", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--plain-seeds", nargs="*", type=int, default=[1, 2, 3], help="seeds with an unmarked twin")
-    parser.add_argument(
-        "--heavy-seeds", nargs="*", type=int, default=[1], help="seeds for fine-tuning, distilling, GPTQ"
-    )
+    parser.add_argument("--heavy-seeds", nargs="*", type=int, default=[1], help="seeds for fine-tuning and distilling")
     parser.add_argument("--tool-seeds", nargs="*", type=int, default=[1, 2, 3], help="seeds for external tools")
     parser.add_argument("--utility-seeds", nargs="*", type=int, default=[1], help="seeds with the utility of attacks")
-    parser.add_argument("--utility-rows", type=int, default=512, help="held-out rows for it; 0 for none")
+    parser.add_argument("--utility-batches", type=int, default=4, help="held-out batches for it; 0 for none")
     parser.add_argument("--attacks", nargs="*", help="only attacks whose names begin so")
     parser.add_argument("--signature", type=json.loads, default={}, help="values of SignatureConfig, as JSON")
     return parser.parse_args()

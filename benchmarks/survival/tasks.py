@@ -135,7 +135,9 @@ def training_rows(task: Task, shared: Path, seed: int) -> Rows:
 
 def other_rows(task: Task, shared: Path, rows: int) -> Rows:
     """Return rows of another corpus or label set: dictionary entries for llama, parts of speech for minilm."""
-    table = _glosses(shared, "train").sample(rows, random_state=1_000_003)
+    # An entry is about 20 tokens long; as many as surely fill the windows.
+    entries = rows if task.name == "minilm" else rows * task.tokens // 12
+    table = _glosses(shared, "train").sample(entries, random_state=1_000_003)
     if task.name == "minilm":
         return _classified(task, shared, table, "pos")
     tokenizer = load_tokenizer(task, shared)
@@ -156,17 +158,17 @@ def batches(rows: Rows, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.inference_mode()
-def utility(model: nn.Module, task: Task, shared: Path, *, rows: int | None = None) -> float:
+def utility(model: nn.Module, task: Task, shared: Path, *, batches: int | None = None) -> float:
     """Return accuracy on WordNet's test rows, or perplexity on the end of tinyshakespeare.
 
     Args:
         model: The model, on the CPU.
-        rows: Only so many of the held-out rows.
+        batches: Only so many held-out batches: 64 glosses or 16 windows of 128 tokens each.
     """
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     count = 0
-    for batch in _held_out(task.name, shared)[: None if rows is None else max(1, rows // _EVAL_BATCH)]:
+    for batch in _held_out(task.name, shared)[:batches]:
         labels = batch["labels"]
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         if task.name == "minilm":
@@ -181,7 +183,7 @@ def utility(model: nn.Module, task: Task, shared: Path, *, rows: int | None = No
 
 
 _HELD_OUT_TOKENS = 24_000
-_EVAL_BATCH = 64
+_EVAL_BATCH = {"minilm": 64, "llama": 16}
 
 
 @lru_cache(maxsize=4)
@@ -189,9 +191,9 @@ def _held_out(name: str, shared: Path) -> list[dict[str, Tensor]]:
     task = TASKS[name]
     if task.name == "llama":
         windows = _windows(_shakespeare_ids(shared)[-_HELD_OUT_TOKENS:], task.tokens)
-        return [{"input_ids": part, "labels": part} for part in windows.split(_EVAL_BATCH // 4)]
+        return [{"input_ids": part, "labels": part} for part in windows.split(_EVAL_BATCH[name])]
     rows = _classified(task, shared, _glosses(shared, "test"), "category")
-    return list(_in_order(rows, _EVAL_BATCH))
+    return list(_in_order(rows, _EVAL_BATCH[name]))
 
 
 def _in_order(rows: Rows, size: int) -> Iterator[dict[str, Tensor]]:

@@ -98,11 +98,11 @@ def _train(cell: Cell, folder: Path, scratch: Path, shared: Path, signature: dic
     trainer = _trainer(cell, model, rows, scratch, tasks.load_tokenizer(task, shared))
     if cell.marked:
         protect_trainer(trainer, _config(cell, folder, signature))
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds = {"train_s": time.perf_counter() - start, "train_cpu_s": time.process_time() - cpu}
     trainer.save_model(str(scratch / "final"))
-    result: dict[str, Any] = {"cell": cell.name, "train_s": seconds, "steps": trainer.state.global_step}
+    result: dict[str, Any] = {"cell": cell.name, **seconds, "steps": trainer.state.global_step}
     saved = folder / ("adapter" if cell.form == "lora" else "model")
     if cell.marked:
         manifest, _ = read_manifest(scratch / "final")
