@@ -233,16 +233,18 @@ def main() -> None:
     grid = list(product(arguments.models, arguments.forms, arguments.seeds))
     marked = [Cell(model=model, form=form, seed=seed, marked=True) for model, form, seed in grid]
     plain = [Cell(model=m, form=f, seed=s, marked=False) for m, f, s in grid if s in arguments.plain_seeds]
+    portions = [(cell, names) for cell in marked for names in _portions(cell, arguments)]
+    merged = {cell.model for cell, names in portions if any(ATTACKS[name].tool == "merge" for name in names)}
     failed: list[str] = []
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        training_runs = [pool.submit(train_other, model, settings) for model in arguments.models]
+        training_runs = [pool.submit(train_other, model, settings) for model in sorted(merged)]
         training_runs += [pool.submit(train_cell, cell, settings) for cell in [*marked, *plain]]
         failed += _wait(training_runs)
-        attacks = []
-        for cell in marked:
-            if (cell.folder(settings.out) / "cell.json").is_file():
-                for names in _portions(cell, arguments):
-                    attacks.append(pool.submit(attack_cell, cell, names, settings))
+        attacks = [
+            pool.submit(attack_cell, cell, names, settings)
+            for cell, names in portions
+            if (cell.folder(settings.out) / "cell.json").is_file()
+        ]
         failed += _wait(attacks)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
