@@ -7,6 +7,7 @@ reading that is scored is counted all the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -135,7 +136,7 @@ def _alike(projections: int) -> float:
 
     Another tile's is 0 +- 1 / sqrt(n); noise of one rms, or 90% pruned, still leaves about 0.7.
     """
-    return min(0.9, max(0.5, 4.5 / projections**0.5))
+    return min(0.9, max(0.5, 4.5 / math.sqrt(projections)))
 
 
 def _search(
