@@ -22,6 +22,7 @@ StateDict = Mapping[str, Tensor]
 # Behind a pooler stands another space than the residual stream.
 _BEHIND_POOLER = re.compile(r"(^|\.)pooler\..*bias$|(^|\.)(pre_)?classifier\.")
 _FINAL_NORM = re.compile(r"(^|\.)(norm|ln_f|final_layernorm)\.weight$")
+_NORM = re.compile(r"norm\.weight$")
 _HEAD = "lm_head.weight"
 _NUMBER = re.compile(r"^(.*?\.)(\d+)(\..+)$")
 
@@ -234,10 +235,16 @@ def rotate_residual(tensors: StateDict, heads: Heads, *, seed: int) -> dict[str,
     A tied head comes out as a tensor of its own: the config must say ``tie_word_embeddings`` false.
 
     Raises:
-        UnsupportedError: A norm has a bias, and so is a LayerNorm, which only permutations commute with.
+        UnsupportedError: A norm has a bias, and so is a LayerNorm, or stands behind its matrices (Gemma 2): only
+            permutations commute with those.
     """
     model, draw = _Model(fold_norms(tensors, heads), heads), torch.Generator().manual_seed(seed)
     width = _width(model)
+    gains = [gain for name, gain in model.tensors.items() if _NORM.search(name) and gain.shape == (width,)]
+    if any(bool((gain != gain[0]).any()) for gain in gains):
+        raise UnsupportedError(
+            "a norm behind the matrices has gains that cannot be folded", hint="permute the residual stream instead"
+        )
     turn = torch.linalg.qr(torch.randn(width, width, generator=draw)).Q
     _move_residual(model, lambda rows: rows if len(rows) == 1 else (rows.float() @ turn).to(rows.dtype))
     return model.tensors

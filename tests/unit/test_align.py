@@ -305,6 +305,35 @@ def composed_in_place(weights: Weights, heads: Heads) -> Weights:
     return symmetries.permute_heads(symmetries.permute_residual(weights, heads, seed=1), heads, seed=2)
 
 
+def test_of_a_doubled_layer_the_better_copy_is_read() -> None:
+    weights, heads = tiny("causal")
+    doubled = symmetries.keep_layers(weights, heads, [0, 1, 0, 1])
+    for place in (1, 2):
+        noisy = {n: t for n, t in doubled.items() if f"layers.{place}." in n}
+        doubled |= with_noise(noisy, heads)
+    assert worst_error(aligned(weights, doubled, heads), weights) < 1e-5
+
+
+def test_a_scaled_residual_stream_is_scaled_back() -> None:
+    weights, heads = tiny("causal")
+    written = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    suspect = {name: 3 * tensor if name.endswith(written) else tensor for name, tensor in weights.items()}
+    result = aligned(weights, suspect, heads)
+    assert result.description == "residual scale"
+    assert worst_error(result, weights) < 1e-4
+
+
+def test_what_is_not_finite_spoils_no_fit() -> None:
+    weights, heads = tiny("causal")
+    name = "model.layers.0.mlp.gate_proj.weight"
+    suspect = composed_in_place(weights, heads)
+    suspect[name][3, 5] = torch.nan
+    suspect["model.layers.0.self_attn.v_proj.weight"][0, 0] = torch.inf
+    result = aligned(weights, suspect, heads)
+    assert result.description == "residual permutation, heads"
+    assert worst_error(result, weights) < 0.05
+
+
 def test_an_unmapped_matrix_cannot_be_read() -> None:
     weights, heads = tiny("causal")
     result = aligned(weights, symmetries.keep_layers(weights, heads, [1]), heads)

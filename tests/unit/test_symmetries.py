@@ -101,11 +101,12 @@ def test_other_families_compute_the_same(family: str) -> None:
     # Normalised keys and queries have no map between them.
     names += ("rotate_queries",) if family != "qwen3" else ()
     names += ("rotate_residual",) if family in ("phi3", "qwen3") else ()
+    names += ("fold_norms",) if family == "gemma2" else ()
     for name in names:
         weights = (KEEPING | LLAMA_ONLY)[name](model.state_dict(), heads)
         assert moved(model, weights), name
         other = make_family(family)
-        if name == "rotate_residual":
+        if name in ("rotate_residual", "fold_norms"):
             other = rebuilt(model, weights)
         other.load_state_dict(weights)
         torch.testing.assert_close(logits(other), before, atol=2e-4, rtol=2e-4, msg=lambda text, name=name: name + text)
@@ -122,6 +123,12 @@ def test_bert_has_no_norm_to_fold(name: str) -> None:
     model = make_model("classification", VOCABULARY)
     with pytest.raises(UnsupportedError, match="RMSNorm"):
         LLAMA_ONLY[name](model.state_dict(), Heads.from_config(model.config.to_dict()))
+
+
+def test_a_norm_behind_the_matrices_forbids_a_rotation() -> None:
+    model = make_family("gemma2")
+    with pytest.raises(UnsupportedError, match="behind"):
+        symmetries.rotate_residual(model.state_dict(), Heads.from_config(model.config.to_dict()), seed=1)
 
 
 def test_layers_are_dropped_doubled_and_moved() -> None:
