@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from tiny import build_trainer
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +41,7 @@ def test_readme_from_keys_to_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, texts: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    keys, judge = blocks("console")
+    keys, judge, *_ = blocks("console")
     train, load = blocks("python")
     run_commands(keys, monkeypatch)
     # Only the size is changed: a model of a few hundred thousand weights needs a larger budget.
@@ -53,6 +55,18 @@ def test_readme_from_keys_to_verdict(
     assert manifest.state == "complete"
     run_commands(judge, monkeypatch)
     assert (tmp_path / "plain" / "model.safetensors").is_file()
+
+
+def test_readme_plans_and_marks_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys, _, plan, mark = blocks("console")
+    weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(512, 512).bfloat16() for i in range(16)}
+    (tmp_path / "model").mkdir()
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    for block in (keys, plan, mark):
+        run_commands(block, monkeypatch)
+    assert (tmp_path / "plan.png").is_file()
+    assert (tmp_path / "marked" / "model.safetensors").is_file()
 
 
 def test_the_documented_defaults_are_the_defaults() -> None:
