@@ -110,7 +110,10 @@ class Baseline:
         checked = require_object(value, _FIELDS, "baseline")
         baseline = cls(**{name: decode_base64(checked[name], f"baseline {name}") for name in _FIELDS})
         norms = (baseline.row_norms, baseline.column_norms)
-        for data, dtype, least in ((baseline.projections, torch.float32, -math.inf), *((n, torch.float16, 0) for n in norms)):
+        for data, dtype, least in (
+            (baseline.projections, torch.float32, -math.inf),
+            *((n, torch.float16, 0) for n in norms),
+        ):
             values = _unpack(data, dtype) if len(data) % dtype.itemsize == 0 else torch.tensor(math.nan)
             if not bool((torch.isfinite(values) & (values >= least)).all()):
                 raise FormatError("baseline is damaged", hint="restore the registry from a backup")

@@ -82,7 +82,10 @@ class Mix:
     parts: tuple[tuple[float, int], ...]
 
     def __post_init__(self) -> None:
-        if any(not (_MIN_STEP <= step <= _MAX_STEP and count > 0) for step, count in self.parts) or len(self.parts) > _MAX_PARTS:
+        if (
+            any(not (_MIN_STEP <= step <= _MAX_STEP and count > 0) for step, count in self.parts)
+            or len(self.parts) > _MAX_PARTS
+        ):
             raise FormatError(f"steps {self.parts} are impossible", hint="restore the registry from a backup")
 
     @classmethod

@@ -72,9 +72,7 @@ def test_responses_read_off_a_victim_are_no_commitment(plain: Run, make_config: 
     owner, salt = OwnerKey.load(config.owner_key), new_salt()
     honest = _triggers(trigger_key(owner, **NAMES, salt=salt))
     stolen = answers(plain.trainer.model, plain.trainer.processing_class, honest)
-    forged = WatermarkRecord.create(
-        owner, **NAMES, salt=salt, triggers=replace(honest, responses=tuple(stolen))
-    )
+    forged = WatermarkRecord.create(owner, **NAMES, salt=salt, triggers=replace(honest, responses=tuple(stolen)))
     commit(forged, Path(config.registry), owner)
     with pytest.raises(FormatError, match="responses that its key does not derive"):
         probe(plain.trainer.model, plain.trainer.processing_class, **_where(config))
