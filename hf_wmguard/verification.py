@@ -93,6 +93,7 @@ class Report:
         triggers: What the behaviour says, None where it was not asked.
         commitment: Time and hash of the registry entry made before training; whether it bears a timestamp.
         suspect: Where it was read, and the SHA-256 over its weight files (None in memory).
+        reason: Why the verdict is ``inconclusive``, in words; None otherwise.
     """
 
     verdict: Verdict
@@ -106,6 +107,7 @@ class Report:
     triggers: TriggerResult | None
     commitment: dict[str, Any]
     suspect: dict[str, str | None] = field(default_factory=dict)
+    reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as ``--json`` prints it."""
@@ -163,7 +165,7 @@ def verify(
         best,
         sum(attempt.tests * score.tests for _, attempt, score in scored),
         alpha_log10,
-        enough=any(_enough(attempt.reading) for _, attempt in tried),
+        lacking=None if any(_enough(attempt.reading) for _, attempt in tried) else _lacking(attempt.reading),
         signature=_signature_result(best, owner, attempt, score),
         suspect=_describe(suspect),
     )
@@ -214,9 +216,11 @@ def probe(
         )
     best, result = min(results, key=lambda item: item[1].log10_p)
     best_case = log10_poisson_binomial_tail(result.asked, [result.null_rate] * result.asked)
-    enough = log10_bonferroni(best_case, len(results)) <= alpha_log10
+    lacking = None
+    if log10_bonferroni(best_case, len(results)) > alpha_log10:
+        lacking = f"{result.asked} triggers cannot reach log10 p <= {alpha_log10:g}, even if all of them match"
     suspect = {"uri": uri or type(model).__name__, "sha256": None}
-    return _report(best, len(results), alpha_log10, enough=enough, triggers=result, suspect=suspect)
+    return _report(best, len(results), alpha_log10, lacking=lacking, triggers=result, suspect=suspect)
 
 
 def _check_alpha(alpha_log10: float) -> None:
@@ -261,12 +265,21 @@ def _enough(reading: Reading) -> bool:
     return 2 * reading.projections >= reading.soft.numel()
 
 
+def _lacking(reading: Reading) -> str:
+    """Say what could not be read."""
+    carriers = reading.carriers_read + reading.carriers_missing
+    return (
+        f"{reading.carriers_read} of {carriers} carriers could be read, with {reading.projections} of "
+        f"{reading.soft.numel()} projections; the others are missing, of another shape or dtype, or not finite"
+    )
+
+
 def _report(
     best: Committed,
     tests: int,
     alpha_log10: float,
     *,
-    enough: bool,
+    lacking: str | None,
     suspect: dict[str, str | None],
     signature: SignatureResult | None = None,
     triggers: TriggerResult | None = None,
@@ -275,7 +288,7 @@ def _report(
     if channel is None:
         raise ConfigError("a report needs at least one channel")
     log10_p = log10_bonferroni(channel.log10_p, tests)
-    found: Verdict = "detected" if log10_p <= alpha_log10 else "not_detected" if enough else "inconclusive"
+    found: Verdict = "detected" if log10_p <= alpha_log10 else "inconclusive" if lacking else "not_detected"
     return Report(
         verdict=found,
         log10_p=log10_p,
@@ -288,6 +301,7 @@ def _report(
         triggers=triggers,
         commitment={"time": best.entry.time, "entry": best.entry.hash, "timestamped": False},
         suspect=suspect,
+        reason=lacking if found == "inconclusive" else None,
     )
 
 

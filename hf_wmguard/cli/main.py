@@ -214,6 +214,8 @@ def _print_report(report: Any, as_json: bool) -> None:
     else:
         colour = {"detected": "green", "not_detected": "cyan", "inconclusive": "yellow"}[report.verdict]
         table = pairs_table(f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}")
+        if report.reason:
+            table.add_row("reason", report.reason)
         table.add_row("suspect", escape(str(report.suspect["uri"])))
         table.add_row("level", f"log10 p <= {report.alpha_log10:g}, corrected for {report.tests_corrected_for} tests")
         table.add_row("model", escape(f"{report.model_id} {report.iteration}"))

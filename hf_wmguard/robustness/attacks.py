@@ -94,22 +94,6 @@ def add_noise(tensors: StateDict, scale: float, *, seed: int = 0) -> dict[str, T
     return on_matrices(tensors, change)
 
 
-def overwrite(
-    tensors: StateDict, embed: Callable[[dict[str, Tensor], int], dict[str, Tensor]], owners: int
-) -> dict[str, Tensor]:
-    """Return weights over which other owners have embedded signatures of their own, one after the other.
-
-    Args:
-        tensors: The state dict.
-        embed: ``embed(tensors, i)`` returns new tensors that carry the signature of stranger ``i``.
-        owners: Number of strangers.
-    """
-    attacked = dict(tensors)
-    for stranger in range(owners):
-        attacked = embed(attacked, stranger)
-    return attacked
-
-
 def relative_change(attacked: StateDict, tensors: StateDict) -> float | None:
     """Return the norm of the change over the norm of the block matrices, or None where none has a counterpart.
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.robustness import attacks, calibrated, compression, finetuning, ggml, merging, quantization, structure
+from hf_wmguard.robustness.overwriting import overwrite
 from hf_wmguard.robustness.target import Target
 
 _MISSING = {
     "base": "needs --base, the folder of what the model was fine-tuned from",
     "other": "needs --other, the folder of another fine-tune",
     "corpus": "needs --data or --text",
-    "embed": "needs a function that embeds, given to run_suite(embed=...)",
 }
 
 
@@ -294,8 +294,7 @@ ATTACKS: tuple[Attack, ...] = (
         label="{} other owners",
         axis="other owners",
         strengths=(1, 5),
-        needs=("embed",),
-        run=lambda t, s: attacks.overwrite(t.tensors, t.embed, int(s)) if t.embed else {},
+        run=lambda t, s: overwrite(t.tensors, int(s)),
     ),
     Attack(
         name="finetune",

@@ -15,7 +15,7 @@ from hf_wmguard.keys import OwnerKey
 from hf_wmguard.robustness.attacks import StateDict, relative_change
 from hf_wmguard.robustness.catalogue import ATTACKS, BASELINE, Attack
 from hf_wmguard.robustness.results import Outcome, Result, ResultStream, Skipped
-from hf_wmguard.robustness.target import Embed, Target, load_target
+from hf_wmguard.robustness.target import Target, load_target
 from hf_wmguard.robustness.utility import Utility, measure, with_weights
 from hf_wmguard.suspects.reader import digest
 from hf_wmguard.verification import Report, verify
@@ -37,7 +37,6 @@ def run_suite(
     data: Path | None = None,
     names: Sequence[str] = (),
     quick: bool = False,
-    embed: Embed | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Attack a marked model and return what is left of its mark, attack by attack.
@@ -57,7 +56,6 @@ def run_suite(
         data: Rows of ``text`` and ``label``, for a classifier: utility is accuracy.
         names: Attacks to run; all by default.
         quick: Only the weakest and the strongest of each attack, on fewer rows.
-        embed: Puts the signature of stranger ``i`` on a state dict; without it there is no overwriting.
         progress: Called before each attack with attacks done, attacks in all, and its label.
     Raises:
         ConfigError: An unknown attack, or text that does not suit the model.
@@ -75,7 +73,7 @@ def run_suite(
 
     # Before anything is loaded or written: no commitment, a wrong key.
     judge(folder)
-    target = load_target(folder, owner, base=base, other=other, text=text, data=data, quick=quick, embed=embed)
+    target = load_target(folder, owner, base=base, other=other, text=text, data=data, quick=quick)
     stream = ResultStream(out, subject)
     points, skipped = _points(chosen, target, quick)
     for done, (attack, strength) in enumerate(points):

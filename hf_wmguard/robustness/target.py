@@ -26,7 +26,6 @@ from hf_wmguard.robustness.calibrated import Inputs, collect_inputs
 from hf_wmguard.robustness.utility import Corpus, Task
 from hf_wmguard.suspects.reader import weight_files
 
-Embed = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
 WINDOW_TOKENS = 256
 MAX_ROWS: dict[Task, tuple[int, int]] = {"causal_lm": (256, 64), "classification": (2048, 1024)}
 """Rows to train on, and rows to measure on: minutes on a CPU."""
@@ -52,7 +51,6 @@ class Target:
         base: State dict of what it was fine-tuned from, under the model's names.
         other: State dict of another fine-tune of the base.
         corpus: Rows to train, calibrate and measure on.
-        embed: Puts the signature of stranger ``i`` on a state dict.
     """
 
     model: PreTrainedModel
@@ -60,7 +58,6 @@ class Target:
     base: StateDict | None = None
     other: StateDict | None = None
     corpus: Corpus | None = None
-    embed: Embed | None = None
 
     @cached_property
     def inputs(self) -> dict[str, Inputs]:
@@ -90,7 +87,6 @@ def load_target(
     text: Path | None = None,
     data: Path | None = None,
     quick: bool = False,
-    embed: Embed | None = None,
 ) -> Target:
     """Return a marked model and everything that was given to attack it with.
 
@@ -102,7 +98,6 @@ def load_target(
         text: Plain text, for a causal language model.
         data: A ``.parquet``, ``.csv`` or ``.jsonl`` file with columns ``text`` and ``label``, for a classifier.
         quick: Fewer rows.
-        embed: As in `Target`.
     Raises:
         ConfigError: The text does not suit the model, or a model shares no matrix with the marked one.
         NotFoundError, FormatError, UnsupportedError: Something cannot be read.
@@ -129,7 +124,6 @@ def load_target(
         base=None if base is None else _relative_weights(base, model),
         other=None if other is None else _relative_weights(other, model),
         corpus=corpus,
-        embed=embed,
     )
 
 

@@ -37,6 +37,7 @@ REPORT = {
     "triggers",
     "commitment",
     "suspect",
+    "reason",
 }
 SIGNATURE = {
     "log10_p",
@@ -171,7 +172,10 @@ def test_verify_of_which_too_little_can_be_read(wmguard: Command, guarded: Run, 
     save_file({"weight": torch.ones(64, 64)}, tmp_path / "model.safetensors")
     done = wmguard("verify", tmp_path, *_where(guarded), "--json")
     assert done.code == 1
-    assert json.loads(done.out)["verdict"] == "inconclusive"
+    report = json.loads(done.out)
+    assert report["verdict"] == "inconclusive"
+    assert report["reason"].startswith("0 of 12 carriers could be read")
+    assert "0 of 12 carriers" in " ".join(wmguard("verify", tmp_path, *_where(guarded)).out.split())
 
 
 def test_level_decides_the_verdict(wmguard: Command, guarded: Run) -> None:

@@ -16,11 +16,8 @@ from tiny import Run, make_model, make_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_wmguard.config import SignatureConfig
 from hf_wmguard.errors import ConfigError, FormatError, NotFoundError, RegistryError, UsageError
-from hf_wmguard.keys import OwnerKey
 from hf_wmguard.metrics import load_metric
-from hf_wmguard.protect import choose_carriers, new_salt
 from hf_wmguard.robustness.catalogue import ATTACKS
 from hf_wmguard.robustness.finetuning import distill, finetune, finetune_lora
 from hf_wmguard.robustness.report import write_report
@@ -28,8 +25,6 @@ from hf_wmguard.robustness.results import STREAM_NAME, Outcome
 from hf_wmguard.robustness.structure import drop_layers
 from hf_wmguard.robustness.suite import run_suite
 from hf_wmguard.robustness.utility import Corpus, measure, with_weights
-from hf_wmguard.watermark.record import WatermarkRecord
-from hf_wmguard.watermark.signature import move_, read_projections, residual
 
 CHEAP = ("bf16", "rename", "int8", "prune-magnitude", "overwrite", "drop-layers", "merge-linear", "finetune")
 
@@ -45,27 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizer: 
     return path
 
 
-def embed_stranger(tensors: dict[str, Tensor], stranger: int) -> dict[str, Tensor]:
-    """Put another owner's signature on a state dict at three times the budget, or what its cap leaves of it."""
-    owner = OwnerKey.generate()
-    parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items() if tensor.dim() == 2}
-    carriers = choose_carriers(parameters, SignatureConfig(budget=0.18))
-    record = WatermarkRecord.create(
-        owner, model_id=f"stranger/{stranger}", iteration="1", salt=new_salt(), carriers=carriers, triggers=None
-    )
-    changed = {name: tensor.clone() for name, tensor in tensors.items()}
-    for key in record.carrier_keys(owner):
-        tile = changed[key.carrier.name][key.carrier.row_start : key.carrier.row_start + key.carrier.rows]
-        move_(tile, key, residual(read_projections(tile, key), key))
-    return changed
-
-
 @pytest.fixture(scope="module")
 def outcome(guarded: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     out = tmp_path_factory.mktemp("stress") / "out"
-    return run_suite(
-        guarded.final, out, **_where(guarded), data=data, names=CHEAP, quick=True, embed=embed_stranger
-    ), out
+    return run_suite(guarded.final, out, **_where(guarded), data=data, names=CHEAP, quick=True), out
 
 
 def _where(run: Run) -> dict[str, Any]:
@@ -104,7 +82,6 @@ def test_what_cannot_run_is_named(outcome: tuple[Outcome, Path], guarded: Run, t
     assert {one.attack: one.reason.split(",")[0] for one in bare.skipped} == {
         "finetune": "needs --data or --text",
         "gptq": "needs --data or --text",
-        "overwrite": "needs a function that embeds",
     }
     assert [(one.attack, one.utility) for one in bare.results] == [("none", None), ("nf4", None)]
 

@@ -13,9 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.suspects.signature import read_attempts
+from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.payload import MIN_CODE_BITS, encode
+from hf_wmguard.watermark.planner import Mix
 from hf_wmguard.watermark.prf import Stream
-from hf_wmguard.watermark.pvalues import log10_binomial_tail, log10_p_correlation
+from hf_wmguard.watermark.pvalues import log10_binomial_tail, log10_bonferroni, log10_p_correlation
+from hf_wmguard.watermark.record import WatermarkRecord
+from hf_wmguard.watermark.signature import CarrierKey, move_, read_projections, residual
 
 STEP = 2.0
 KEYS = 20_000
@@ -85,6 +91,53 @@ def test_whole_codewords_of_wrong_keys() -> None:
         count += log10_p_correlation(statistic, n) <= -1.0
     assert count > 0
     assert log10_binomial_tail(count, keys, 0.1) > BROKEN_LOG10
+
+
+OWNERS = 400
+
+
+@pytest.mark.parametrize("suspect", ["unmarked", "marked by another owner", "scaled"])
+def test_whole_verdicts_of_wrong_owners(suspect: str) -> None:
+    """Owner keys through the product: record, derivation, baselines, attempts, weightings and their correction."""
+    carriers = tuple(
+        Carrier(name=f"h.{i}.w", shape=(48, 40), row_start=0, rows=48, sides=(24, 23), rms=0.15) for i in range(2)
+    )
+    mix = Mix(((0.75, 500), (1.5, 500), (5.0, 104)))
+    draw = torch.Generator().manual_seed(5)
+    original = {carrier.name: 0.15 * torch.randn(48, 40, generator=draw) for carrier in carriers}
+    tiles = {name: tile.clone() for name, tile in original.items()}
+
+    def record_of(number: int) -> tuple[WatermarkRecord, tuple[CarrierKey, ...]]:
+        owner = OwnerKey(key(number))
+        record = WatermarkRecord.create(
+            owner,
+            model_id="acme/null",
+            iteration="1",
+            salt=bytes(32),
+            carriers=carriers,
+            steps=mix,
+            tile_of=lambda carrier: original[carrier.name],
+        )
+        return record, record.carrier_keys(owner)
+
+    def judge(number: int) -> float:
+        record, keys = record_of(number)
+        scores = [attempt.reading.score() for attempt in read_attempts(record, keys, lambda c: tiles[c.name])]
+        return log10_bonferroni(min(score.log10_p for score in scores), sum(score.tests for score in scores))
+
+    if suspect == "marked by another owner":
+        for one in record_of(KEYS)[1]:
+            tile = tiles[one.carrier.name]
+            move_(tile, one, residual(read_projections(tile, one), one))
+        assert judge(KEYS) < -50
+    if suspect == "scaled":
+        for tile in tiles.values():
+            tile *= torch.exp(0.5 * torch.randn(48, 1, generator=draw))
+    values = [judge(number) for number in range(1, 1 + OWNERS)]
+    assert any(value < -0.3 for value in values)
+    for log10_alpha in (-0.5, -1.0, -2.0, -3.0):
+        count = sum(value <= log10_alpha for value in values)
+        assert log10_binomial_tail(count, len(values), 10**log10_alpha) > BROKEN_LOG10
 
 
 def test_the_right_key_is_found() -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from hf_wmguard.robustness.attacks import (
     add_noise,
     cast,
-    overwrite,
     prune_magnitude,
     quantize_int8,
     relative_change,
@@ -128,15 +127,3 @@ def test_change_counts_what_can_be_compared(weights: Weights) -> None:
     assert relative_change(half, weights) == pytest.approx(0.5)
     assert relative_change({"x": torch.ones(2, 2)}, weights) is None
     assert relative_change({"layers.0.matrix": torch.ones(2, 2)}, weights) is None
-
-
-def test_overwriting_embeds_one_stranger_over_the_other(weights: Weights) -> None:
-    order: list[int] = []
-
-    def embed(tensors: Weights, stranger: int) -> Weights:
-        order.append(stranger)
-        return {**tensors, "layers.0.matrix": tensors["layers.0.matrix"] + 10**stranger}
-
-    after = overwrite(weights, embed, 3)
-    assert order == [0, 1, 2]
-    torch.testing.assert_close(after["layers.0.matrix"], weights["layers.0.matrix"] + 111)

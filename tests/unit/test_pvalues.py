@@ -14,6 +14,7 @@ from hf_wmguard.watermark.pvalues import (
     log10_bonferroni,
     log10_fuse,
     log10_p_correlation,
+    log10_p_weighted,
     log10_poisson_binomial_tail,
 )
 
@@ -105,6 +106,101 @@ def test_extremes() -> None:
 def test_impossible_correlations(statistic: float, n: int) -> None:
     with pytest.raises(ValueError, match="expected"):
         log10_p_correlation(statistic, n)
+
+
+WEIGHTED = [
+    ((1.0, 0.5), (30, 30)),
+    ((1.0, 0.1), (5, 200)),
+    ((1.0, 0.6, 0.02), (20, 150, 150)),
+    ((1.0, 1.0), (8, 12)),
+    ((3.0, 0.0), (40, 1000)),
+    ((0.25,), (64,)),
+]
+
+
+@pytest.mark.parametrize("weight", [1e-3, 0.3, 1.0, 7.0])
+def test_one_weighted_term_is_bounded_by_the_arc_cosine(weight: float) -> None:
+    for level in torch.linspace(0.001, 1.0, 100, dtype=torch.float64).tolist():
+        exact = math.acos(level) / math.pi
+        bound = 10 ** log10_p_weighted(level * weight, (weight,), (1,))
+        # Tight within a factor of 6 down to chances of 1%, for a single term too.
+        assert exact <= bound
+        assert exact < 0.01 or bound < 6 * max(exact, 1 / 6)
+
+
+@pytest.mark.parametrize("small", [0.01, 0.3, 0.7, 1.0])
+def test_two_weighted_terms_are_bounded(small: float) -> None:
+    grid = (math.pi * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000).cos()
+    for level in torch.linspace(0.01, 1 + small - 0.001, 50, dtype=torch.float64).tolist():
+        exact = ((level - small * grid).clamp(-1, 1).acos() / math.pi).mean().item()
+        assert exact <= 10 ** log10_p_weighted(level, (1.0, small), (1, 1)) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(("weights", "counts"), WEIGHTED)
+def test_simulated_weighted_tail_stays_below_the_bound_and_not_far(
+    weights: tuple[float, ...], counts: tuple[int, ...]
+) -> None:
+    draw, trials = torch.Generator().manual_seed(sum(counts)), 100_000
+    sums = torch.zeros(trials)
+    for weight, count in zip(weights, counts, strict=True):
+        for _ in range(count if weight else 0):
+            sums += torch.rand(trials, generator=draw).mul_(2 * math.pi).cos_().mul_(weight)
+    sigma = math.sqrt(sum(n * w**2 for w, n in zip(weights, counts, strict=True)) / 2)
+    for deviations in (0.5, 1.0, 2.0, 3.0):
+        hits = int((sums >= deviations * sigma).sum())
+        log10_p = log10_p_weighted(deviations * sigma, weights, counts)
+        assert log10_binomial_tail(hits, trials, 10**log10_p) > -6
+        # Never further than a factor of 12 above what happens: at three deviations Chernoff gives away 8.
+        assert hits < 20 or 10**log10_p < 12 * hits / trials
+
+
+def test_the_scale_of_the_weights_is_irrelevant() -> None:
+    for scale in (1e-3, 0.1, 1e6):
+        for statistic in (0.1, 20.0, 44.0, 45.0):
+            expected = log10_p_weighted(statistic, (1.0, 0.5), (30, 30))
+            got = log10_p_weighted(scale * statistic, (scale, scale / 2), (30, 30))
+            # At the very end the cap of the tilt shows where weights are small: less is claimed, never more.
+            assert got == pytest.approx(expected, rel=1e-6) if statistic < 45 else got < -20
+
+
+def test_splitting_and_merging_equal_weights_changes_nothing() -> None:
+    whole = log10_p_weighted(25.0, (1.0, 0.5), (30, 30))
+    assert log10_p_weighted(25.0, (0.5, 1.0, 0.5), (10, 30, 20)) == pytest.approx(whole, rel=1e-12)
+    assert log10_p_weighted(25.0, (1.0, 0.5, 0.0, 0.9), (30, 30, 500, 0)) == pytest.approx(whole, rel=1e-12)
+
+
+def test_the_weighted_bound_is_the_minimum_over_a_fine_grid_of_tilts() -> None:
+    tilts = torch.logspace(-4, 5, 100_001, dtype=torch.float64)
+    for (weights, counts), share in itertools.product(WEIGHTED, (0.01, 0.3, 0.9, 0.999)):
+        statistic = share * sum(w * n for w, n in zip(weights, counts, strict=True))
+        best = -tilts * statistic
+        for weight, count in zip(weights, counts, strict=True):
+            best = best + count * (torch.special.i0e(tilts * weight).log() + tilts * weight)
+        value = log10_p_weighted(statistic, weights, counts)
+        assert value == pytest.approx(best.min().item() / LN10, rel=1e-5, abs=1e-9)
+        assert value <= best.min().item() / LN10 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("statistic", "weights", "counts"),
+    [
+        (math.nan, (1.0,), (1,)),
+        (15.1, (1.0, 0.5), (10, 10)),
+        (0.5, (1.0, -0.5), (10, 10)),
+        (0.5, (1.0, math.nan), (10, 10)),
+        (0.5, (1.0,), (10, 10)),
+        (0.5, (1.0, 0.5), (10, -1)),
+        (0.5, (0.0,), (10,)),
+    ],
+)
+def test_impossible_weighted_sums(statistic: float, weights: tuple[float, ...], counts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        log10_p_weighted(statistic, weights, counts)
+
+
+def test_no_weight_is_no_evidence() -> None:
+    assert log10_p_weighted(0.0, (), ()) == 0.0
+    assert log10_p_weighted(0.0, (0.0, 1.0), (10, 0)) == 0.0
 
 
 @pytest.mark.parametrize("rate", [1e-9, 0.022, 0.25, 0.5, 0.9, 1 - 1e-9])
