@@ -118,8 +118,8 @@ def attack_cell(cell: Cell, names: list[str], settings: Settings) -> list[str]:
 
 def _attack_with_tool(tool: str, chosen: list[Attack], judge: _Judge, scratch: Path) -> list[str]:
     settings, target = judge.settings, judge.target
-    tools = Tools(folder=settings.environments or Path("/nonexistent"))
-    if not tools.has(tool):
+    tools = settings.environments and Tools(folder=settings.environments)
+    if not tools or not tools.has(tool):
         return [f"{judge.cell.name} {tool}: no environment; run environments.sh"]
     paths = {"model": target.folder / "model"}
     if tool == "merge":

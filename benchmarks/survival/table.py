@@ -115,7 +115,7 @@ def plot(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     columns = sorted({column for _, column in results})
-    figure, axes = plt.subplots(3, len(FAMILIES), figsize=(4.2 * len(FAMILIES), 9), layout="constrained")
+    figure, axes = plt.subplots(3, len(FAMILIES), figsize=(4.2 * len(FAMILIES), 9), layout="constrained", sharex="col")
     for index, (title, (prefix, levels)) in enumerate(FAMILIES.items()):
         for column in columns:
             points = [(level, results[f"{prefix}{level}", column]) for level in levels]
@@ -124,11 +124,13 @@ def plot(results: Results, path: Path) -> None:
         top = axes[0, index]
         top.axhline(9, color="#c0392b", linestyle="--", linewidth=1)
         top.set_yscale("symlog", linthresh=10)
+        top.set_ylim(bottom=-1)
+        axes[1, index].set_ylim(-0.02, 0.52)
         top.set_title(title)
         for axis in axes[:, index]:
             axis.spines[["top", "right"]].set_visible(False)
-            if prefix in ("merge_linear_base_", "delta_svd_"):
-                axis.invert_xaxis()
+        if prefix in ("merge_linear_base_", "delta_svd_"):
+            top.invert_xaxis()
     for axis, label in zip(axes[:, 0], ("-log10 p, worst seed", "bit error rate", "utility lost, %"), strict=True):
         axis.set_ylabel(label)
     axes[0, 0].legend(frameon=False, fontsize=8)
