@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny import LABELS, Run, digest_weights, make_keys, make_model
+from tiny import LABELS, Run, digest_weights, make_keys
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, Trainer
 
@@ -455,11 +455,7 @@ class _Plain(nn.Module):
 def test_model_that_the_trainer_would_save_in_plaintext(
     kind: str, make_trainer: MakeTrainer, make_config: MakeConfig
 ) -> None:
-    model = (
-        _Plain()
-        if kind == "nn.Module"
-        else get_peft_model(make_model("classification", 2000), LoraConfig(r=2, target_modules=["query"]))
-    )
+    model = _Plain() if kind == "nn.Module" else get_peft_model(_Plain(), LoraConfig(r=2, target_modules=["layer"]))
     trainer = make_trainer(model=model)
     with pytest.raises(UnsupportedError, match="PreTrainedModel") as caught:
         protect_trainer(trainer, make_config())
@@ -469,8 +465,8 @@ def test_model_that_the_trainer_would_save_in_plaintext(
         trainer.train()
 
 
-def _bf16(model: nn.Module) -> None:
-    model.to(torch.bfloat16)
+def _float64(model: nn.Module) -> None:
+    model.to(torch.float64)
 
 
 def _frozen(model: nn.Module) -> None:
@@ -484,7 +480,8 @@ def _frozen_bf16(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "what"), [(_bf16, "expected float32"), (_frozen, "are frozen"), (_frozen_bf16, "are frozen")]
+    ("change", "what"),
+    [(_float64, "expected float32, bfloat16, float16"), (_frozen, "are frozen"), (_frozen_bf16, "are frozen")],
 )
 def test_weights_that_cannot_be_moved(
     change: Callable[[nn.Module], None], what: str, tmp_path: Path, make_trainer: MakeTrainer, make_config: MakeConfig
