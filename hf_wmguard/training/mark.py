@@ -104,6 +104,8 @@ class Mark:
             self._triggers = TriggerStep(record.triggers, self.config.triggers, phase, tokenizer)
 
     def _plan(self, model: PreTrainedModel, parameters: dict[str, Any]) -> WatermarkRecord:
+        # First: a model that cannot carry is refused by name before triggers are run through it.
+        shapes = carrying_shapes(parameters) if self.config.signature is not None else {}
         salt = new_salt()
         triggers = None
         if self.config.triggers is not None:
@@ -113,7 +115,7 @@ class Mark:
             self.owner,
             self.config,
             salt=salt,
-            shapes=carrying_shapes(parameters) if self.config.signature is not None else {},
+            shapes=shapes,
             read=lambda name, start, rows: parameters[name].data[start : start + rows],
             triggers=triggers,
         )

@@ -39,7 +39,7 @@ def read_yaml(tmp_path: Path, text: str | bytes) -> WatermarkConfig:
 def test_defaults() -> None:
     config = WatermarkConfig(**BASE)
     assert config.iteration == "1"
-    assert config.signature == SignatureConfig(last_epochs=1.0, budget=0.01, step=2.0, ramp=0.75)
+    assert config.signature == SignatureConfig(last_epochs=1.0, budget=0.01, step=None, ramp=0.75)
     assert config.triggers == TriggerConfig()
     assert config.protection == ProtectionConfig(recipients=(), destination=None)
 
@@ -150,6 +150,8 @@ def from_dict(name: str, value: object) -> WatermarkConfig:
 def test_a_number_is_no_bool_no_text_and_no_list(kind: Any) -> None:
     for field in dataclasses.fields(kind):
         for value in (True, False, "1", [1], None, {}):
+            if value is field.default is None:
+                continue
             with pytest.raises(ConfigError, match=field.name):
                 kind(**{field.name: value})
 
