@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_wmguard import WatermarkConfig, verify
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.protect import commit, new_record, new_salt
-from hf_wmguard.training.support import carrying_shapes
+from hf_wmguard.training.backends import WholeParameters
 from hf_wmguard.watermark.planner import ERROR_LEVELS
 from hf_wmguard.watermark.record import WatermarkRecord
 from hf_wmguard.watermark.signature import move_, read_projections, residual
@@ -29,14 +29,14 @@ def weights_of(model: nn.Module) -> Weights:
 
 def commit_to(config: WatermarkConfig, model: nn.Module, iteration: str) -> WatermarkRecord:
     """Commit an owner to a model, as a training of it does before its first step."""
-    parameters = dict(model.named_parameters())
+    weights = WholeParameters(model)
     owner = OwnerKey.load(config.owner_key)
     record = new_record(
         owner,
         replace(config, iteration=iteration),
         salt=new_salt(),
-        shapes=carrying_shapes(parameters),
-        read=lambda name, start, rows: parameters[name].data[start : start + rows],
+        shapes=weights.shapes(),
+        read=weights.read,
     )
     commit(record, Path(config.registry), owner)
     return record

@@ -1,9 +1,9 @@
-"""A suspect judged with the owner's original beside it, without it, and innocents that must not be drawn to the mark."""
+"""A suspect judged with and without the owner's original, and innocents that must not be drawn to the mark."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Marked:
 
 
 @pytest.fixture(scope="module")
-def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Marked]:
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Marked:
     root = tmp_path_factory.mktemp("original")
     OwnerKey.generate().write(root / "owner.key")
     config = WatermarkConfig(
@@ -58,7 +58,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Marked]:
     model = make_model("causal", 400)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     embed(model, config)
-    yield Marked(config=config, model=model, before=before)
+    return Marked(config=config, model=model, before=before)
 
 
 def _everything(state: State, heads: Heads) -> State:

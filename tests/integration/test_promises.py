@@ -28,7 +28,7 @@ from hf_wmguard.keys import OwnerKey
 from hf_wmguard.probing.local import answers
 from hf_wmguard.protect import Committed, commit, new_record, new_salt
 from hf_wmguard.suspects.reader import open_suspect, tile_reader
-from hf_wmguard.training.support import carrying_shapes
+from hf_wmguard.training.backends import WholeParameters
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.signature import read_signature
 from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates
@@ -51,13 +51,13 @@ def test_a_payload_read_off_a_victim_is_no_commitment(plain: Run, make_config: C
     config = make_config()
     owner = OwnerKey.load(config.owner_key)
     victim = plain.trainer.model
-    parameters = dict(victim.named_parameters())
+    weights = WholeParameters(victim)
     honest = new_record(
         owner,
         replace(config, **NAMES),
         salt=new_salt(),
-        shapes=carrying_shapes(parameters),
-        read=lambda name, start, rows: parameters[name].data[start : start + rows],
+        shapes=weights.shapes(),
+        read=weights.read,
     )
     with open_suspect(victim) as suspect:
         reading = read_signature(honest.carrier_keys(owner), tile_reader(suspect))
