@@ -42,23 +42,23 @@ def read_attempts(
         tile_of: Gives a carrier's tile, any float dtype [rows, columns], or None where there is none.
     """
     plain: list[Tensor | None] = []
-    scaled: list[Tensor | None] = []
     bytes_read, stretch = 0, 0.0
     for key, baseline in zip(keys, record.baselines, strict=True):
         tile = tile_of(key.carrier)
-        projections = try_projections(tile, key)
-        plain.append(projections)
+        plain.append(try_projections(tile, key))
         bytes_read += 0 if tile is None else tile.numel() * tile.element_size()
-        if tile is None or projections is None:
-            scaled.append(None)
-            continue
-        stretch = max(stretch, baseline.stretch(tile, key.carrier))
-        scaled.append(_rescaled(baseline, tile, key))
+        if tile is not None and plain[-1] is not None:
+            stretch = max(stretch, baseline.stretch(tile, key.carrier))
     attempts = [Attempt(alignment="none", reading=Reading.of(keys, plain), bytes_read=bytes_read)]
     if stretch > _STRETCHED:
+        # The tiles are read again: setting norms back takes longer than all the rest, and is seldom called for.
+        scaled = [
+            None if projections is None else _rescaled(baseline, tile_of(key.carrier), key)
+            for key, baseline, projections in zip(keys, record.baselines, plain, strict=True)
+        ]
         attempts.append(Attempt(alignment="norms", reading=Reading.of(keys, scaled), bytes_read=bytes_read))
     return attempts
 
 
-def _rescaled(baseline: Baseline, tile: Tensor, key: CarrierKey) -> Tensor | None:
-    return try_projections(baseline.rescale(tile, key.carrier), key)
+def _rescaled(baseline: Baseline, tile: Tensor | None, key: CarrierKey) -> Tensor | None:
+    return None if tile is None else try_projections(baseline.rescale(tile, key.carrier), key)
