@@ -182,6 +182,8 @@ def _carrying_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     if getattr(model, "peft_config", None):
         raise UnsupportedError("the model has adapters", hint="merge them first, or mark the adapter in training")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedError("the model is quantized", hint="mark it before it is quantized")
     found = {name: one for name, one in model.named_parameters() if is_carrier(name, tuple(one.shape))}
     for name, parameter in found.items():
         # A tensor type of its own: distributed, or quantized.

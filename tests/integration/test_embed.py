@@ -149,13 +149,15 @@ def test_embed_without_a_signature_is_refused(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own use of it
-@pytest.mark.parametrize("kind", ["adapter", "meta", "integer"])
+@pytest.mark.parametrize("kind", ["adapter", "meta", "integer", "quantizer"])
 def test_models_that_cannot_be_marked(kind: str, make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     model: nn.Module = make_model("causal-lm", len(tokenizer))
     if kind == "adapter":
         model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj"]))
     elif kind == "meta":
         model = model.to("meta")
+    elif kind == "quantizer":
+        model.hf_quantizer = object()  # what transformers sets, whatever the library
     else:
         weight = model.get_submodule("model.layers.0.mlp.up_proj")
         weight.weight = nn.Parameter(torch.zeros(weight.weight.shape, dtype=torch.int8), requires_grad=False)
