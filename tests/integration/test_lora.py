@@ -17,7 +17,14 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import Recorder, StopAt, build_trainer, digest_weights, make_keys, make_model, make_rows
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
 
 from hf_wmguard import protect_trainer
 from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
@@ -363,6 +370,14 @@ def test_what_is_not_supported_is_refused_by_name(
     assert caught.value.hint
     assert recorder.digests == {}
     assert not (tmp_path / "registry").exists()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_transposed_layers_are_refused_by_name() -> None:
+    inner = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedError, match="fan_in_fan_out") as caught:
+        backend_of(get_peft_model(inner, LoraConfig(r=8, target_modules=["c_attn"])))
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("way", [{"safe_serialization": False}, {"path_initial_model_for_weight_conversion": "x"}])
