@@ -137,7 +137,7 @@ def _as_integers(weights: Weights, names: list[str]) -> Weights:
 
 
 def _of_another_shape(weights: Weights, names: list[str]) -> Weights:
-    return {name: torch.cat([tensor, tensor]) if name in names else tensor for name, tensor in weights.items()}
+    return {name: tensor[:, 1:] if name in names else tensor for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("damage", [_without, _with_nan, _as_integers, _of_another_shape])

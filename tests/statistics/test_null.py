@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.signature import read_attempts
+from hf_wmguard.suspects.sources import InMemory
 from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.payload import MIN_CODE_BITS, encode
 from hf_wmguard.watermark.planner import Mix
@@ -122,7 +123,7 @@ def test_whole_verdicts_of_wrong_owners(suspect: str) -> None:
 
     def judge(number: int) -> float:
         record, keys = record_of(number)
-        scores = [attempt.reading.score() for attempt in read_attempts(record, keys, lambda c: tiles[c.name])]
+        scores = [attempt.reading.score() for attempt in read_attempts(record, keys, InMemory(tiles))]
         return log10_bonferroni(min(score.log10_p for score in scores), sum(score.tests for score in scores))
 
     if suspect == "marked by another owner":

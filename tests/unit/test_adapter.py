@@ -54,9 +54,7 @@ def check(folder: Path, changes: dict[str, torch.Tensor]) -> None:
         for name, change in changes.items():
             rows, columns = change.shape
             for start, count in [(0, rows), (3, 7)]:
-                carrier = Carrier(
-                    name=name, shape=(rows, columns), row_start=start, rows=count, side=1, step=1.0, rms=1.0
-                )
+                carrier = Carrier(name=name, shape=(rows, columns), row_start=start, rows=count, sides=(1, 1), rms=1.0)
                 tile = tile_of(carrier)
                 assert tile is not None
                 assert tile.dtype == torch.float32

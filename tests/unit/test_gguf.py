@@ -162,8 +162,7 @@ def test_a_carrier_is_read_from_q8_0(tmp_path: Path) -> None:
         shape=(HIDDEN, HIDDEN),
         row_start=33,
         rows=50,
-        side=1,
-        step=1.0,
+        sides=(1, 1),
         rms=1.0,
     )
     with open_suspect(path) as suspect:

@@ -93,7 +93,7 @@ def test_integers_without_quantization_data_are_no_weights(tmp_path: Path) -> No
     tensors = {"layers.0.w.weight": torch.ones(6, 4, dtype=torch.int8), "layers.0.w.scales": torch.ones(6)}
     save_file(tensors, tmp_path / "model.safetensors")
     with open_suspect(tmp_path) as suspect:
-        carrier = Carrier(name="layers.0.w.weight", shape=(6, 4), row_start=0, rows=6, side=1, step=1.0, rms=1.0)
+        carrier = Carrier(name="layers.0.w.weight", shape=(6, 4), row_start=0, rows=6, sides=(1, 1), rms=1.0)
         assert tile_reader(suspect)(carrier) is None
 
 
