@@ -25,6 +25,11 @@ from hf_wmguard.watermark.signature import CarrierKey, Reading, try_projections
 _STRETCHED = 0.1
 """Root mean square of the log ratio of norms from which rows or columns count as scaled; training moves it by less."""
 _PROBES = 12
+# What a merge has diluted is extrapolated from the baseline: a merge in which the owner has weight w leaves w of what
+# training and marking moved. Within 10% of every w down to 0.09.
+_GAINS = tuple(1.2**power for power in range(1, 14))
+
+_Tiles = Sequence[tuple[CarrierKey, Baseline]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +38,9 @@ class Attempt:
 
     Args:
         alignment: What was undone: ``none``, ``contents`` (tiles found by what they hold, because their names say
-            nothing or mislead), ``norms`` (scaled rows and columns), or what the alignment with the original says.
+            nothing or mislead), ``norms`` (scaled rows and columns), ``diluted 0.48`` (merged with what it was
+            trained from, or another fine-tune of that, at this owner weight), or what the alignment with the original
+            says.
         reading: What was read.
         bytes_read: Bytes of weights that were read for it.
         tests: How many alternatives stood behind it; each is a test that the p-value is corrected for.
@@ -71,18 +78,24 @@ def read_attempts(
     """
     tiles = list(zip(keys, record.baselines, strict=True))
     if suspect.is_delta:
-        return [_read_delta(tiles, suspect)]
+        return _read_delta(tiles, suspect)
     attempts = _read_whole(tiles, suspect)
     if original is not None:
         reference = Unmarked(original, record, keys)
         aligned = align(reference, suspect, heads=Heads.from_config(original.config))
         if aligned.aligned and aligned.description != "none":
-            (attempt, *_) = _read_whole(tiles, aligned)
-            attempts.append(replace(attempt, alignment=aligned.description, tests=aligned.tries))
+            attempts += [
+                replace(
+                    attempt,
+                    alignment=", ".join(one for one in (aligned.description, attempt.alignment) if one != "none"),
+                    tests=attempt.tests * aligned.tries,
+                )
+                for attempt in _read_whole(tiles, aligned)
+            ]
     return attempts
 
 
-def _read_delta(tiles: Sequence[tuple[CarrierKey, Baseline]], suspect: Suspect) -> Attempt:
+def _read_delta(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
     """Return what an adapter says: the projections of its base are in the record."""
     layout, projections, bytes_read = Layout(suspect), [], 0
     for key, baseline in tiles:
@@ -91,27 +104,42 @@ def _read_delta(tiles: Sequence[tuple[CarrierKey, Baseline]], suspect: Suspect) 
         change = try_projections(delta, key)
         projections.append(None if change is None else baseline.projections_of(key) + change)
         bytes_read += 0 if delta is None else delta.numel() * delta.element_size()
-    keys = [key for key, _ in tiles]
-    return Attempt(alignment="none", reading=Reading.of(keys, projections), bytes_read=bytes_read)
+    return _with_dilutions(tiles, projections, bytes_read)
 
 
-def _read_whole(tiles: Sequence[tuple[CarrierKey, Baseline]], suspect: Suspect) -> list[Attempt]:
+def _read_whole(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
     layout = Layout(suspect)
     found = []
     for key, baseline in tiles:
         location = layout.locate(key.carrier.name, key.carrier.shape)
         found.append(_Found() if location is None else _look(suspect, location, key, baseline))
     moved = _search(tiles, found, suspect, layout)
-    keys, bytes_read = [key for key, _ in tiles], sum(one.bytes_read for one in found)
-    plain = Attempt(
-        alignment="contents" if moved else "none",
-        reading=Reading.of(keys, [one.projections for one in found]),
-        bytes_read=bytes_read,
-        tests=2 if moved else 1,
-    )
-    if max(one.stretch for one in found) <= _STRETCHED:
-        return [plain]
-    return [plain, replace(plain, alignment="norms", reading=Reading.of(keys, [one.rescaled for one in found]))]
+    attempts = _with_dilutions(tiles, [one.projections for one in found], sum(one.bytes_read for one in found))
+    plain = attempts[0]
+    if moved:
+        plain = attempts[0] = replace(plain, alignment="contents", tests=2)
+    if max(one.stretch for one in found) > _STRETCHED:
+        scaled = Reading.of([key for key, _ in tiles], [one.rescaled for one in found])
+        attempts.append(replace(plain, alignment="norms", reading=scaled))
+    return attempts
+
+
+def _with_dilutions(tiles: _Tiles, projections: Sequence[Tensor | None], bytes_read: int) -> list[Attempt]:
+    """Return the reading of projections as they are, and of what they were before a merge with the base.
+
+    A merge with the base, in which the owner has weight w, leaves base + w (marked - base); 1 / w of the way from
+    the baseline leads back. Another fine-tune of the base adds its own way, as noise.
+    """
+    keys = [key for key, _ in tiles]
+    attempts = [Attempt(alignment="none", reading=Reading.of(keys, projections), bytes_read=bytes_read)]
+    bases = [baseline.projections_of(key) for key, baseline in tiles]
+    for gain in _GAINS:
+        undone = [
+            None if one is None else base + gain * (one - base) for one, base in zip(projections, bases, strict=True)
+        ]
+        reading = Reading.of(keys, undone)
+        attempts.append(Attempt(alignment=f"diluted {1 / gain:.2f}", reading=reading, bytes_read=bytes_read))
+    return attempts
 
 
 def _look(suspect: Suspect, location: Location, key: CarrierKey, baseline: Baseline) -> _Found:
@@ -139,9 +167,7 @@ def _alike(projections: int) -> float:
     return min(0.9, max(0.5, 4.5 / math.sqrt(projections)))
 
 
-def _search(
-    tiles: Sequence[tuple[CarrierKey, Baseline]], found: list[_Found], suspect: Suspect, layout: Layout
-) -> bool:
+def _search(tiles: _Tiles, found: list[_Found], suspect: Suspect, layout: Layout) -> bool:
     """Put tiles that are not where their names say at the place that holds them; return whether any was moved.
 
     A few are looked for first: of a model that is not the owner's none is found anywhere, and the search ends there.
