@@ -84,6 +84,11 @@ class Location:
 
     pieces: tuple[Piece, ...]
 
+    @property
+    def turned(self) -> bool:
+        """Whether a square matrix is read as its transpose."""
+        return any(piece.transposed and piece.rows == piece.columns for piece in self.pieces)
+
     def read(self, suspect: Suspect, start: int, count: int) -> Tensor:
         """Return ``count`` rows of the matrix from row ``start`` on, in the dtype of the suspect [count, columns].
 

@@ -24,7 +24,8 @@ from hf_wmguard.watermark.signature import CarrierKey, Reading, try_projections
 
 _STRETCHED = 0.1
 """Root mean square of the log ratio of norms from which rows or columns count as scaled; training moves it by less."""
-_PROBES = 12
+_PROBES = 8
+_STRIDE = 37
 # What a merge has diluted is extrapolated from the baseline: a merge in which the owner has weight w leaves w of what
 # training and marking moved. Within 10% of every w down to 0.09.
 _GAINS = tuple(1.2**power for power in range(1, 14))
@@ -96,31 +97,42 @@ def read_attempts(
 
 
 def _read_delta(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
-    """Return what an adapter says: the projections of its base are in the record."""
+    """Return what an adapter says: the projections of its base are in the record.
+
+    A mark that is in the base itself is not in any adapter on it: such a carrier is missing.
+    """
     layout, projections, bytes_read = Layout(suspect), [], 0
     for key, baseline in tiles:
-        location = layout.locate(key.carrier.name, key.carrier.shape)
+        location = layout.locate(key.carrier.name, key.carrier.shape) if key.carrier.basis else None
         delta = None if location is None else location.read(suspect, key.carrier.row_start, key.carrier.rows)
         change = try_projections(delta, key)
         projections.append(None if change is None else baseline.projections_of(key) + change)
-        bytes_read += 0 if delta is None else delta.numel() * delta.element_size()
+        bytes_read += 0 if delta is None else _size_bytes(delta)
     return _with_dilutions(tiles, projections, bytes_read)
 
 
 def _read_whole(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
     layout = Layout(suspect)
-    found = []
+    named = []
     for key, baseline in tiles:
         location = layout.locate(key.carrier.name, key.carrier.shape)
-        found.append(_Found() if location is None else _look(suspect, location, key, baseline))
-    moved = _search(tiles, found, suspect, layout)
-    attempts = _with_dilutions(tiles, [one.projections for one in found], sum(one.bytes_read for one in found))
-    plain = attempts[0]
-    if moved:
-        plain = attempts[0] = replace(plain, alignment="contents", tests=2)
-    if max(one.stretch for one in found) > _STRETCHED:
-        scaled = Reading.of([key for key, _ in tiles], [one.rescaled for one in found])
-        attempts.append(replace(plain, alignment="norms", reading=scaled))
+        named.append(_Found() if location is None else _look(suspect, location, key, baseline))
+    moved = _search(tiles, named, suspect, layout)
+    keys, bytes_read = [key for key, _ in tiles], sum(one.bytes_read for one in moved or named)
+    attempts = _with_dilutions(tiles, [one.projections for one in named], bytes_read)
+    for found, alignment in ((named, ""), (moved, "contents")):
+        if not found:
+            continue
+        # Beside what the names say, not in its place: a decoy must not hide a mark that lies where it should.
+        if alignment:
+            attempts += [
+                replace(one, alignment=", ".join(a for a in (alignment, one.alignment) if a != "none"))
+                for one in _with_dilutions(tiles, [one.projections for one in found], bytes_read)
+            ]
+        if max(one.stretch for one in found) > _STRETCHED:
+            scaled = Reading.of(keys, [one.rescaled for one in found])
+            name = ", ".join(a for a in (alignment, "norms") if a)
+            attempts.append(Attempt(alignment=name, reading=scaled, bytes_read=bytes_read))
     return attempts
 
 
@@ -145,55 +157,71 @@ def _with_dilutions(tiles: _Tiles, projections: Sequence[Tensor | None], bytes_r
 def _look(suspect: Suspect, location: Location, key: CarrierKey, baseline: Baseline) -> _Found:
     carrier = key.carrier
     tile = location.read(suspect, carrier.row_start, carrier.rows)
-    # Codes of a quantised matrix are no weights; a float of another meaning would only read as noise.
-    projections = try_projections(tile, key) if tile.is_floating_point() else None
-    if projections is None:
-        return _Found(bytes_read=tile.numel() * tile.element_size())
+    # Codes of a quantised matrix are no weights.
+    if not tile.is_floating_point():
+        return _Found(bytes_read=_size_bytes(tile))
     stretch = baseline.stretch(tile, carrier)
+    # Where the step is far larger or smaller than the weights, phases no longer depend on them: with the norms set
+    # back they do, and as it lies the tile says nothing. The rule looks at the weights only.
+    projections = try_projections(tile, key) if baseline.in_proportion(tile, carrier) else None
+    rescaled = try_projections(baseline.rescale(tile, carrier), key) if stretch > _STRETCHED else projections
+    best = rescaled if projections is None else projections
     return _Found(
         projections=projections,
-        rescaled=try_projections(baseline.rescale(tile, carrier), key) if stretch > _STRETCHED else projections,
-        likeness=baseline.likeness(projections, key),
+        rescaled=rescaled,
+        likeness=0.0 if best is None else baseline.likeness(best, key),
         stretch=stretch,
-        bytes_read=tile.numel() * tile.element_size(),
+        bytes_read=_size_bytes(tile),
     )
 
 
-def _alike(projections: int) -> float:
-    """Return the correlation with the baseline from which a tile is the same one.
-
-    Another tile's is 0 +- 1 / sqrt(n); noise of one rms, or 90% pruned, still leaves about 0.7.
-    """
-    return min(0.9, max(0.5, 4.5 / math.sqrt(projections)))
+def _size_bytes(tile: Tensor) -> int:
+    return tile.numel() * tile.element_size()
 
 
-def _search(tiles: _Tiles, found: list[_Found], suspect: Suspect, layout: Layout) -> bool:
-    """Put tiles that are not where their names say at the place that holds them; return whether any was moved.
+def _search(tiles: _Tiles, named: list[_Found], suspect: Suspect, layout: Layout) -> list[_Found]:
+    """Return where tiles that are not where their names say are found by what they hold; nothing where none is.
 
     A few are looked for first: of a model that is not the owner's none is found anywhere, and the search ends there.
-    Where some were moved, what was found nowhere is no tile of the owner's, and is not read.
+    What is neither where its name says nor anywhere else is no tile of the owner's, and is not read.
     """
-    unlike = [i for i, (key, _) in enumerate(tiles) if found[i].likeness < _alike(key.carrier.projections)]
-    # The largest first, whose likeness says most.
-    unlike.sort(key=lambda i: -tiles[i][0].carrier.projections)
-    moved = 0
+    unlike = [i for i, ((key, _), one) in enumerate(zip(tiles, named, strict=True)) if one.likeness < _least(key)]
+    # The largest first, whose likeness says most, and from all over the model.
+    unlike.sort(key=lambda i: (-tiles[i][0].carrier.projections, i * _STRIDE % len(tiles)))
+    found, moved = list(named), 0
     for turn, i in enumerate(unlike):
         if turn == _PROBES and not moved:
-            return False
+            break
         key, baseline = tiles[i]
-        scores = {
-            location: _likeness(suspect, location, key, baseline) for location in layout.locations(key.carrier.shape)
-        }
-        best = max(scores, key=scores.__getitem__, default=None)
-        if best is not None and scores[best] >= _alike(key.carrier.projections):
-            found[i], moved = _look(suspect, best, key, baseline), moved + 1
-    for i in unlike if moved else ():
-        if found[i].likeness < _alike(tiles[i][0].carrier.projections):
-            found[i] = _Found(bytes_read=found[i].bytes_read)
-    return moved > 0
+        own = layout.locate(key.carrier.name, key.carrier.shape)
+        best, read = _Found(), 0
+        for location in layout.locations(key.carrier.shape):
+            if location.turned and (own is None or own.pieces[0].tensor != location.pieces[0].tensor):
+                # A square matrix may lie transposed; to read a tile of it so is to read it whole.
+                continue
+            other = _look(suspect, location, key, baseline)
+            read += other.bytes_read
+            if other.likeness > best.likeness:
+                best = other
+        accepted = best.likeness >= _enough(key)
+        moved += accepted
+        found[i] = replace(best if accepted else _Found(), bytes_read=named[i].bytes_read + read)
+    return found if moved else []
 
 
-def _likeness(suspect: Suspect, location: Location, key: CarrierKey, baseline: Baseline) -> float:
-    tile = location.read(suspect, key.carrier.row_start, key.carrier.rows)
-    projections = try_projections(tile, key) if tile.is_floating_point() else None
-    return 0.0 if projections is None else baseline.likeness(projections, key)
+def _likeness_of_marked(key: CarrierKey) -> float:
+    """Return the correlation that a marked tile has with its baseline: the mark moved each projection by up to D/2."""
+    return 1 / math.sqrt(1 + float(((key.step / key.carrier.rms) ** 2).mean()) / 12)
+
+
+def _least(key: CarrierKey) -> float:
+    """Return the likeness below which a tile is not the one its name says.
+
+    Another tile's is 0 +- 1 / sqrt(n). What an attack leaves of the right one lies between that and a marked tile's.
+    """
+    return min(3 / math.sqrt(key.carrier.projections), 0.5 * _likeness_of_marked(key))
+
+
+def _enough(key: CarrierKey) -> float:
+    """Return the likeness from which the best of many tiles is the right one."""
+    return max(4 / math.sqrt(key.carrier.projections), 0.5 * _likeness_of_marked(key))

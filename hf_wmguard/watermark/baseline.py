@@ -22,6 +22,7 @@ from hf_wmguard.watermark.signature import CarrierKey, move_, read_projections
 
 _FIELDS: dict[str, tuple[type, ...]] = {"projections": (str,), "row_norms": (str,), "column_norms": (str,)}
 _ROUNDS = 3
+_VANISHED = -10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -71,17 +72,27 @@ class Baseline:
         """Return by how much rows or columns were scaled: the root mean square of the larger log ratio of norms."""
         weights = tile.detach().float()
         ratios = [
-            torch.log(_rms(weights, dim) / carrier.rms / norms).nan_to_num(0.0, 0.0, 0.0)
+            # A row that vanished, beside one that had a norm, is scaled too.
+            torch.log(_rms(weights, dim) / carrier.rms / norms).nan_to_num(0.0, 0.0, _VANISHED)
             for dim, norms in ((1, self._norms(self.row_norms)), (0, self._norms(self.column_norms)))
         ]
         return max(float(_rms(ratio, 0)) for ratio in ratios)
+
+    def in_proportion(self, tile: Tensor, carrier: Carrier) -> bool:
+        """Return whether the tile's norm is within a factor of 4 of what it was, so that steps mean what they should.
+
+        Beside steps far larger than the weights the phases would depend on the dithers alone, whatever the suspect is.
+        """
+        return 0.25 <= float(_rms(tile.detach().float().flatten(), 0)) / carrier.rms <= 4
 
     def rescale(self, tile: Tensor, carrier: Carrier) -> Tensor:
         """Return the tile with the row and column norms of the baseline, float32 [rows, columns].
 
         Undoes any scaling of rows and columns (Sinkhorn's iteration, a few rounds).
         """
-        weights = tile.detach().float().clone()
+        # Whatever the scale was, no square of it may overflow.
+        weights = tile.detach().float()
+        weights = weights / weights.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         rows, columns = self._norms(self.row_norms) * carrier.rms, self._norms(self.column_norms) * carrier.rms
         tiny = torch.finfo(torch.float32).tiny
         for _ in range(_ROUNDS):
@@ -121,8 +132,10 @@ class Baseline:
 
 
 def _rms(values: Tensor, dim: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(values, dim=dim)
-    return norms / math.sqrt(values.shape[dim])
+    # The squares of large or small float32 values leave its range; the largest value is divided out first.
+    largest = values.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    norms: Tensor = torch.linalg.vector_norm(values / largest, dim=dim)
+    return norms * (largest / math.sqrt(values.shape[dim]))
 
 
 def _pack(values: Tensor) -> bytes:

@@ -29,8 +29,9 @@ ERROR_LEVELS = (0.0, 0.3, 0.6, 1.0)
 _STEPS = ((0.75, 1.0), (1.5, 2.0, 3.0), (5.0, 6.0, 8.0))
 _PARTS = 20
 _MAX_PARTS = 16
-# In units of the rms. Far wider than what a config takes; beyond it a reading could not tell two steps apart.
-_MIN_STEP, _MAX_STEP = 1e-3, 1e3
+# In units of the rms. Below it a reading could not tell two steps apart; beside larger ones than a config takes, the
+# phases would depend on the dithers alone.
+_MIN_STEP, _MAX_STEP = 1e-3, 16.0
 # Energy n rho^2 at which a 256-bit payload decodes: 3.7 dB per bit, 1.4 dB above the code's 1% point (ADR 6).
 _PAYLOAD_ENERGY = 600.0
 # The statistic has a standard deviation of about 1/sqrt(2) in units of sqrt(n): three of them are kept in hand.
