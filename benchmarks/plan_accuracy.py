@@ -20,7 +20,6 @@ from torch import Tensor
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
 from hf_wmguard.embedding import embed_folder
 from hf_wmguard.keys import OwnerKey
-from hf_wmguard.robustness.attacks import add_noise
 from hf_wmguard.robustness.merging import merge_linear
 from hf_wmguard.robustness.plan import MEASURED, make_plan
 from hf_wmguard.verification import SignatureResult, verify
@@ -31,8 +30,6 @@ Weights = Mapping[str, Tensor]
 def attacks(unmarked: Weights) -> dict[str, Callable[[Weights], dict[str, Tensor]]]:
     """Return every attack of a plan that can be made with the weights alone."""
     made = dict(MEASURED)
-    for strength in (0.1, 0.3, 1.0):
-        made[f"noise {strength} rms"] = lambda weights, s=strength: add_noise(weights, s)
     for owner in (0.5, 0.3, 0.1):
         made[f"merging, owner {owner}"] = lambda weights, w=owner: merge_linear(weights, unmarked, w)
     return made

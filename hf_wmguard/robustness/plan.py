@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_wmguard.errors import ConfigError, MissingDependencyError, NonFiniteWeightError
-from hf_wmguard.robustness.attacks import StateDict, cast, prune_magnitude, quantize_int8
+from hf_wmguard.robustness.attacks import StateDict, add_noise, cast, prune_magnitude, quantize_int8
 from hf_wmguard.robustness.ggml import quantize_gguf
 from hf_wmguard.robustness.quantization import quantize_groups, quantize_nf4
 from hf_wmguard.suspects.reader import Suspect, open_suspect, weight_files
@@ -46,13 +46,13 @@ MEASURED: Mapping[str, Callable[[StateDict], dict[str, Tensor]]] = {
     "pruning 50%": partial(prune_magnitude, share=0.5),
     "pruning 70%": partial(prune_magnitude, share=0.7),
     "pruning 90%": partial(prune_magnitude, share=0.9),
+    "noise 0.1 rms": partial(add_noise, scale=0.1),
+    "noise 0.3 rms": partial(add_noise, scale=0.3),
+    "noise 1.0 rms": partial(add_noise, scale=1.0),
 }
 """Attacks that are tried on tiles of the model itself; those on GGUF where the package ``gguf`` is installed."""
 # The error is the attack's strength.
 _EXACT: Mapping[str, Attack] = {
-    "noise 0.1 rms": Attack(error=0.1),
-    "noise 0.3 rms": Attack(error=0.3),
-    "noise 1.0 rms": Attack(error=1.0),
     "merging, owner 0.5": Attack(owner_weight=0.5),
     "merging, owner 0.3": Attack(owner_weight=0.3),
     "merging, owner 0.1": Attack(owner_weight=0.1),
