@@ -20,40 +20,18 @@ from torch import Tensor
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
 from hf_wmguard.embedding import embed_folder
 from hf_wmguard.keys import OwnerKey
+from hf_wmguard.robustness.merging import merge_linear
 from hf_wmguard.robustness.plan import MEASURED, make_plan
 from hf_wmguard.verification import SignatureResult, verify
-from hf_wmguard.watermark.carriers import is_carrier
 
 Weights = Mapping[str, Tensor]
-
-
-def noise(weights: Weights, strength: float) -> dict[str, Tensor]:
-    """Return weights with Gaussian noise, ``strength`` in units of each matrix's rms."""
-    return {
-        name: one + (strength * one.float().square().mean().sqrt() * torch.randn(one.shape)).to(one.dtype)
-        if is_carrier(name, tuple(one.shape))
-        else one
-        for name, one in weights.items()
-    }
-
-
-def merge(weights: Weights, other: Weights, owner: float) -> dict[str, Tensor]:
-    """Return the linear merge in which the marked model has weight ``owner``."""
-    return {
-        name: (owner * one.float() + (1 - owner) * other[name].float()).to(one.dtype)
-        if is_carrier(name, tuple(one.shape))
-        else one
-        for name, one in weights.items()
-    }
 
 
 def attacks(unmarked: Weights) -> dict[str, Callable[[Weights], dict[str, Tensor]]]:
     """Return every attack of a plan that can be made with the weights alone."""
     made = dict(MEASURED)
-    for strength in (0.1, 0.3, 1.0):
-        made[f"noise {strength} rms"] = lambda weights, s=strength: noise(weights, s)
     for owner in (0.5, 0.3, 0.1):
-        made[f"merging, owner {owner}"] = lambda weights, w=owner: merge(weights, unmarked, w)
+        made[f"merging, owner {owner}"] = lambda weights, w=owner: merge_linear(weights, unmarked, w)
     return made
 
 

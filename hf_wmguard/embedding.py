@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from hf_wmguard.atomic import sync_folder
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.errors import ConfigError, EnvironmentFault, NotFoundError, UnsupportedError, UsageError
-from hf_wmguard.evidence.manifest import WEIGHT_SUFFIXES, digest_file, is_trainer_state
+from hf_wmguard.evidence.manifest import WEIGHT_SUFFIXES, is_trainer_state
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.protect import Committed, commit, new_record, new_salt
+from hf_wmguard.suspects.files import hash_files
 from hf_wmguard.suspects.reader import open_suspect, tile_reader
 from hf_wmguard.suspects.shards import Shards, find_shards
 from hf_wmguard.watermark.carriers import Carrier, is_carrier
@@ -303,12 +303,11 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _digests(folder: Path, files: tuple[str, ...], progress: Progress) -> dict[str, str]:
+def _digests(folder: Path, names: tuple[str, ...], progress: Progress) -> dict[str, str]:
     digests = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for entry in pool.map(lambda name: digest_file(folder / name), files):
-            digests[entry.name] = entry.sha256
-            progress(entry.name, entry.size_bytes)
+    for name, sha256 in zip(names, hash_files([folder / name for name in names]), strict=True):
+        digests[name] = sha256
+        progress(name, (folder / name).stat().st_size)
     return digests
 
 

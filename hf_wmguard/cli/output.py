@@ -10,7 +10,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 console = Console()
@@ -34,11 +43,31 @@ def print_json(value: Any) -> None:
 @contextmanager
 def byte_progress(total_bytes: int) -> Iterator[Any]:
     """Show a bar on a terminal; yield what is called with a name and the bytes just done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with _bar(DownloadColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=total_bytes)
 
         def advance(name: str, count: int) -> None:
             bar.update(task, advance=count, description=escape(name[-40:]))
 
         yield advance
+
+
+@contextmanager
+def count_progress(first: str) -> Iterator[Any]:
+    """Show a bar on a terminal; yield what is called with things done, things in all, and the name of the next one.
+
+    Args:
+        first: What is done before the first thing.
+    """
+    with _bar(MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+        task = bar.add_task(escape(first), total=None)
+
+        def advance(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=escape(name))
+
+        yield advance
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    shown = (TextColumn("{task.description}"), BarColumn(), *columns)
+    return Progress(*shown, console=err, transient=True, disable=not err.is_terminal)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hf_wmguard.cli.options import JsonOption, ModelIdOption, OwnerKeyOption, RegistryOption
+from hf_wmguard.cli.output import console, count_progress, print_json
 
 if TYPE_CHECKING:
     from hf_wmguard.robustness.results import Outcome
-    from hf_wmguard.robustness.suite import Progress as Advance
 
 _COLOURS = {"detected": "green", "not_detected": "red", "inconclusive": "yellow"}
 
@@ -46,7 +40,7 @@ def stress(
     from hf_wmguard.robustness.suite import run_suite
 
     check_available()
-    with _progress() as advance:
+    with count_progress("reading the model") as advance:
         outcome = run_suite(
             model_dir,
             out,
@@ -63,7 +57,7 @@ def stress(
         )
     page = write_report(outcome, out)[-1]
     if as_json:
-        sys.stdout.write(json.dumps(outcome.to_json(), allow_nan=False) + "\n")
+        print_json(outcome.to_json())
     else:
         _print(outcome, page)
 
@@ -71,7 +65,6 @@ def stress(
 def _print(outcome: Outcome, page: Path) -> None:
     from hf_wmguard.robustness.report import COLUMNS, table_rows
 
-    console = Console()
     # Figures whole; on a narrow terminal the name of the attack is folded, and what is left out stands in the report.
     table = Table(title="what the mark survives", box=None, padding=(0, 2, 0, 0))
     shown = COLUMNS[:-2]
@@ -83,16 +76,3 @@ def _print(outcome: Outcome, page: Path) -> None:
     for one in outcome.skipped:
         console.print(f"not run: {one.attack}: {one.reason}", markup=False, soft_wrap=True, highlight=False)
     console.print(f"report: {page}", markup=False, soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def _progress() -> Iterator[Advance]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the model", total=None)
-
-        def advance(done: int, total: int, label: str) -> None:
-            bar.update(task, completed=done, total=total, description=escape(label))
-
-        yield advance

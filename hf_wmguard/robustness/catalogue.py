@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from hf_wmguard.errors import UnsupportedError
-from hf_wmguard.robustness import attacks, calibrated, compression, finetuning, ggml, merging, quantization, structure
+from hf_wmguard.robustness import (
+    attacks,
+    calibrated,
+    compression,
+    finetuning,
+    ggml,
+    merging,
+    quantization,
+    structure,
+    symmetries,
+)
 from hf_wmguard.robustness.overwriting import overwrite
 from hf_wmguard.robustness.target import Target
+from hf_wmguard.suspects.roles import Heads
 
 _MISSING = {
     "base": "needs --base, the folder of what the model was fine-tuned from",
@@ -33,6 +44,7 @@ class Attack:
         axis: What the strength is; empty where it is no scale.
         needs: Fields of `Target` it cannot do without.
         loads: Whether the result goes back into the model, so that its utility can be measured.
+        aligned: Whether it is judged with the unattacked model at hand, as `verify` takes an ``original``.
     """
 
     name: str
@@ -43,6 +55,7 @@ class Attack:
     axis: str = ""
     needs: tuple[str, ...] = ()
     loads: bool = True
+    aligned: bool = False
 
     def missing(self, target: Target) -> str | None:
         """Return what the attack lacks, or None."""
@@ -70,25 +83,84 @@ def _dict(tensors: attacks.StateDict | None) -> attacks.StateDict:
     return tensors or {}
 
 
+_Change = Callable[[Target, attacks.StateDict, Heads], dict[str, Tensor]]
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
+
+def _scale_neurons(target: Target, tensors: attacks.StateDict, heads: Heads) -> dict[str, Tensor]:
+    config = target.model.config
+    activation = next((getattr(config, name) for name in _ACTIVATIONS if hasattr(config, name)), None)
+    if activation != "relu" and not symmetries.is_gated(tensors, heads):
+        raise UnsupportedError(
+            f"neurons of {activation} without a gate cannot be scaled", hint="this needs gated neurons, or ReLU"
+        )
+    return symmetries.scale_neurons(tensors, heads, seed=0)
+
+
+def _seeded(change: Callable[..., dict[str, Tensor]]) -> _Change:
+    return lambda t, w, h: change(w, h, seed=0)
+
+
+def _more_neurons(change: Callable[..., dict[str, Tensor]]) -> _Change:
+    return lambda t, w, h: change(w, h, count=symmetries.neuron_count(w, h) // 4, seed=0)
+
+
+# What is done, how it is written in tables, and whether the result goes back into the model.
+_SYMMETRIES: Mapping[str, tuple[_Change, str, bool]] = {
+    "permute-residual": (_seeded(symmetries.permute_residual), "residual stream permuted", True),
+    "rotate-residual": (_seeded(symmetries.rotate_residual), "residual stream rotated", True),
+    "fold-norms": (lambda t, w, h: symmetries.fold_norms(w, h), "norms folded into matrices", True),
+    "permute-neurons": (_seeded(symmetries.permute_neurons), "neurons permuted", True),
+    "scale-neurons": (_scale_neurons, "neurons scaled", True),
+    "add-neurons": (_more_neurons(symmetries.add_neurons), "a quarter more, silent neurons", False),
+    "split-neurons": (_more_neurons(symmetries.split_neurons), "a quarter of the neurons split", False),
+    "permute-heads": (_seeded(symmetries.permute_heads), "heads permuted", True),
+    "scale-queries": (_seeded(symmetries.scale_queries), "keys scaled, queries back", True),
+    "rotate-queries": (_seeded(symmetries.rotate_queries), "keys mapped, queries back", True),
+    "map-values": (_seeded(symmetries.map_values), "values mapped, O back", True),
+}
+
+
+def _all_symmetries(target: Target, tensors: attacks.StateDict, heads: Heads) -> dict[str, Tensor]:
+    """Return a model after every symmetry that it has, one after the other."""
+    changed = None
+    for change, _, _ in _SYMMETRIES.values():
+        try:
+            changed = change(target, tensors if changed is None else changed, heads)
+        except UnsupportedError:
+            continue
+    if changed is None:
+        raise UnsupportedError("the model has none of the symmetries", hint="its matrices have names of no known kind")
+    return changed
+
+
+def _symmetry(name: str, change: _Change, label: str, loads: bool) -> Attack:
+    return Attack(
+        name=name,
+        family="symmetries",
+        label=label,
+        strengths=(0,),
+        loads=loads,
+        aligned=True,
+        run=lambda t, s: change(t, t.tensors, Heads.from_config(t.model.config.to_dict())),
+    )
+
+
 _WEIGHTS = (0.5, 0.3, 0.1)
 _OWNER = "owner's weight"
 BASELINE = Attack(
     name="none", family="unattacked", label="unattacked", strengths=(0,), run=lambda t, s: dict(t.tensors)
 )
 ATTACKS: tuple[Attack, ...] = (
-    Attack(
-        name="bf16",
-        family="storage",
-        label="cast to bf16",
-        strengths=(0,),
-        run=lambda t, s: attacks.cast(t.tensors, torch.bfloat16),
-    ),
-    Attack(
-        name="fp16",
-        family="storage",
-        label="cast to fp16",
-        strengths=(0,),
-        run=lambda t, s: attacks.cast(t.tensors, torch.float16),
+    *(
+        Attack(
+            name=name,
+            family="storage",
+            label=f"cast to {name}",
+            strengths=(0,),
+            run=lambda t, s, dtype=dtype: attacks.cast(t.tensors, dtype),  # type: ignore[misc]
+        )
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
     ),
     Attack(
         name="reshard",
@@ -288,6 +360,8 @@ ATTACKS: tuple[Attack, ...] = (
         strengths=(0.25, 0.5),
         run=lambda t, s: structure.drop_layers(t.tensors, s),
     ),
+    *(_symmetry(name, *row) for name, row in _SYMMETRIES.items()),
+    _symmetry("all-symmetries", _all_symmetries, "all that the model has", False),
     Attack(
         name="overwrite",
         family="overwriting",

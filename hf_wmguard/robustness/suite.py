@@ -20,7 +20,7 @@ from hf_wmguard.robustness.utility import Utility, measure, with_weights
 from hf_wmguard.suspects.reader import digest
 from hf_wmguard.verification import Report, verify
 
-Judge = Callable[[StateDict | Path], Report]
+Judge = Callable[[Attack, StateDict | Path], Report]
 Progress = Callable[[int, int, str], None]
 
 
@@ -68,11 +68,12 @@ def run_suite(
     digests = _subject(owner, {"sha256": folder, "base": base, "other": other}, {"text": text, "data": data})
     subject = {**digests, "model_id": model_id, "quick": quick}
 
-    def judge(suspect: StateDict | Path) -> Report:
-        return verify(suspect, owner_key=owner_key, registry=registry, model_id=model_id)
+    def judge(attack: Attack, suspect: StateDict | Path) -> Report:
+        original = folder if attack.aligned else None
+        return verify(suspect, owner_key=owner_key, registry=registry, model_id=model_id, original=original)
 
     # Before anything is loaded or written: no commitment, a wrong key.
-    judge(folder)
+    judge(BASELINE, folder)
     target = load_target(folder, owner, base=base, other=other, text=text, data=data, quick=quick)
     stream = ResultStream(out, subject)
     points, skipped = _points(chosen, target, quick)
@@ -134,7 +135,7 @@ def _run(attack: Attack, strength: float, target: Target, judge: Judge, before: 
     start = time.perf_counter()
     attacked = attack.run(target, strength)
     seconds = time.perf_counter() - start
-    report = judge(attacked)
+    report = judge(attack, attacked)
     utility = _utility(attack, attacked, target, before)
     signature = report.signature
     if signature is None:

@@ -3,7 +3,8 @@
 Each function takes a state dict and returns another one; the input is left alone. Unless its docstring says
 otherwise the function of the network stays the same, up to rounding. All of them know the Llama family (RMSNorm
 before the blocks, gated neurons, rotary heads in groups) and BERT; those that need a norm before the blocks refuse
-BERT by name. Random choices come from a seed.
+BERT by name. Random choices come from a seed. All of them raise `UnsupportedError` where a block lacks a matrix of a
+known name, such as a mixture of experts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from hf_wmguard.suspects.roles import ATTENTION, READS_RESIDUAL, Block, Heads, f
 
 StateDict = Mapping[str, Tensor]
 
-# Behind a pooler stands another space than the residual stream.
-_BEHIND_POOLER = re.compile(r"(^|\.)pooler\..*bias$|(^|\.)(pre_)?classifier\.")
+# A pooler reads the residual stream; its bias, and the classifier behind it, stand in another space.
+_POOLER = re.compile(r"(^|\.)(pooler\.dense|pre_classifier|classifier\.dense)\.")
+_CLASSIFIER = re.compile(r"(^|\.)classifier\.(out_proj\.)?(weight|bias)$")
 _FINAL_NORM = re.compile(r"(^|\.)(norm|ln_f|final_layernorm)\.weight$")
 _NORM = re.compile(r"norm\.weight$")
+_QUERY_NORM = ("q_norm.weight", "q_layernorm.weight")
 _HEAD = "lm_head.weight"
+_SCORE = "score.weight"
 _NUMBER = re.compile(r"^(.*?\.)(\d+)(\..+)$")
 
 
@@ -34,6 +38,14 @@ class _Model:
         self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self.blocks = find_blocks({name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
         self.heads = heads
+        lacks = sorted(
+            {role for block in self.blocks.values() for role in (*ATTENTION, "gate", "down") if role not in block.parts}
+        )
+        if lacks or not self.blocks:
+            raise UnsupportedError(
+                f"no matrices of known names for {', '.join(lacks)}" if lacks else "no blocks of known names",
+                hint="symmetries are known for dense transformers whose names `suspects.roles` lists",
+            )
 
     def get(self, block: Block, role: str) -> Tensor:
         part = block.parts[role]
@@ -79,6 +91,17 @@ class _Model:
             if role in block.parts:
                 self.outputs(block, role, change)
         self.inputs(block, "down", change)
+
+
+def neuron_count(tensors: StateDict, heads: Heads) -> int:
+    """Return the number of neurons of a block."""
+    model = _Model(tensors, heads)
+    return len(model.get(next(iter(model.blocks.values())), "gate"))
+
+
+def is_gated(tensors: StateDict, heads: Heads) -> bool:
+    """Return whether neurons are gated."""
+    return any("up" in block.parts for block in _Model(tensors, heads).blocks.values())
 
 
 def permute_neurons(tensors: StateDict, heads: Heads, *, seed: int) -> dict[str, Tensor]:
@@ -213,6 +236,8 @@ def _map_pairs(
 ) -> dict[str, Tensor]:
     """Return the first role's heads under maps [kv heads, size, size], and the second's under what undoes them."""
     model, draw = _Model(tensors, heads), torch.Generator().manual_seed(seed)
+    if "k" in roles and any(name.endswith(_QUERY_NORM) for name in tensors):
+        raise UnsupportedError("queries and keys are normalised behind their matrices", hint="map the values instead")
     for block in model.blocks.values():
         maps = draw_maps(draw)
         back = torch.linalg.inv(maps).mT.repeat_interleave(heads.group, dim=0)
@@ -267,8 +292,10 @@ def _move_residual(model: _Model, change: Callable[[Tensor], Tensor]) -> None:
                 model.set(block, role, change(model.get(block, role)))
             else:
                 model.set(block, role, change(model.get(block, role).T).T)
+    last = _CLASSIFIER if any(map(_POOLER.search, model.tensors)) else None
     for name, tensor in model.tensors.items():
-        if name in seen or tensor.shape[-1:] != (width,) or _BEHIND_POOLER.search(name):
+        behind = (_POOLER.search(name) and name.endswith("bias")) or (last and last.search(name))
+        if name in seen or behind or tensor.shape[-1:] != (width,):
             continue
         rows = tensor if tensor.dim() == 2 else tensor[None]
         model.tensors[name] = change(rows).reshape(tensor.shape).contiguous()
@@ -293,8 +320,10 @@ def fold_norms(tensors: StateDict, heads: Heads) -> dict[str, Tensor]:
     final = next((name for name in tensors if _FINAL_NORM.search(name) and not _NUMBER.match(name)), None)
     gain = _rms_gain(model, final)
     embedding = find_embedding({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    head = tensors[_HEAD] if _HEAD in tensors else tensors[str(embedding)]
-    model.tensors[_HEAD] = (head * gain).to(head.dtype)
+    # A classifier's head, or a causal model's, which may be the embedding.
+    for name in [name for name in (_HEAD, _SCORE) if name in tensors] or [_HEAD]:
+        head = tensors.get(name, tensors[str(embedding)])
+        model.tensors[name] = (head * gain).to(head.dtype)
     model.tensors[str(final)].fill_(1 - heads.gain_offset)
     return model.tensors
 

@@ -86,7 +86,7 @@ def _accuracy(model: nn.Module, rows: list[dict[str, Any]]) -> float:
 
 
 def with_weights(model: nn.Module, tensors: StateDict) -> nn.Module:
-    """Return a copy of a model with other weights, and with as many layers as they are for.
+    """Return a copy of a model with other weights, and with as many layers as they are for; nothing in it is tied.
 
     Args:
         model: Left as it is.
@@ -98,5 +98,7 @@ def with_weights(model: nn.Module, tensors: StateDict) -> nn.Module:
         module = attacked.get_submodule(stack.removesuffix("."))
         if isinstance(module, nn.ModuleList) and len(left.get(stack, ())) < len(layers):
             del module[len(left.get(stack, ())) :]
-    attacked.load_state_dict(dict(tensors))
+    own = attacked.state_dict()
+    # Assigned and not copied: a head that was tied to the embedding may have become another.
+    attacked.load_state_dict({name: tensor.to(own.get(name, tensor)) for name, tensor in tensors.items()}, assign=True)
     return attacked

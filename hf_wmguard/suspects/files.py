@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,13 +82,16 @@ def _indexed_files(index: Path) -> tuple[Path, ...]:
 def digest(path: Path) -> str:
     """Return the SHA-256 over the names and the SHA-256 of all weight files of a suspect, as hex."""
     files = weight_files(path)
-    # Hashing releases the interpreter lock, so that shards are hashed side by side.
-    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1, len(files))) as pool:
-        hashes = list(pool.map(_hash, files))
     total = hashlib.sha256()
-    for file, one in zip(files, hashes, strict=True):
+    for file, one in zip(files, hash_files(files), strict=True):
         total.update(f"{file.name}\0{one}\n".encode())
     return total.hexdigest()
+
+
+def hash_files(files: Sequence[Path]) -> Iterator[str]:
+    """Yield the SHA-256 of each file, as hex. Hashing releases the interpreter lock: shards are hashed side by side."""
+    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1, len(files))) as pool:
+        yield from pool.map(_hash, files)
 
 
 def _hash(file: Path) -> str:

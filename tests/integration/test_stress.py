@@ -16,17 +16,26 @@ from tiny import Run, make_model, make_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_wmguard import WatermarkConfig, embed, verify
+from hf_wmguard.config import SignatureConfig
 from hf_wmguard.errors import ConfigError, FormatError, NotFoundError, RegistryError, UsageError
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.loading import load_suspect
 from hf_wmguard.metrics import load_metric
+from hf_wmguard.robustness.attacks import relative_change
 from hf_wmguard.robustness.catalogue import ATTACKS
 from hf_wmguard.robustness.finetuning import distill, finetune, finetune_lora
+from hf_wmguard.robustness.overwriting import overwrite
 from hf_wmguard.robustness.report import write_report
 from hf_wmguard.robustness.results import STREAM_NAME, Outcome
 from hf_wmguard.robustness.structure import drop_layers
 from hf_wmguard.robustness.suite import run_suite
 from hf_wmguard.robustness.utility import Corpus, measure, with_weights
 
-CHEAP = ("bf16", "rename", "int8", "prune-magnitude", "overwrite", "drop-layers", "merge-linear", "finetune")
+CHEAP = (
+    *("bf16", "rename", "transpose", "int8", "prune-magnitude", "overwrite", "drop-layers", "merge-linear", "finetune"),
+    *("permute-residual", "rotate-residual", "scale-neurons", "permute-heads", "all-symmetries"),
+)
 
 
 @pytest.fixture(scope="session")
@@ -66,19 +75,79 @@ def test_the_suite_judges_every_attack(outcome: tuple[Outcome, Path]) -> None:
     assert weak.bit_error_rate < strong.bit_error_rate
     assert (weak.utility_before, strong.utility_before) == (baseline.utility.value,) * 2
     assert strong.weight_change == pytest.approx(0.8, abs=0.15)
-    assert by_name["overwrite", 5].verdict == "detected"
-    assert by_name["overwrite", 5].weight_change > 0.1
-    renamed = by_name["rename", 0]
-    assert (renamed.utility, renamed.weight_change) == (None, None)
+    for attack in ("rename", "transpose"):
+        stored = by_name[attack, 0]
+        assert (stored.verdict, stored.payload_decoded) == ("detected", True), attack
+        assert (stored.utility, stored.weight_change) == (None, None)
     layers = by_name["drop-layers", 0.5]
     assert layers.utility is not None
-    # One of two layers is left, under the number of the other: only an original would tell where it belongs.
-    assert layers.verdict == "not_detected"
+    # The one of two that is left is found, by what it holds, under the number of the other.
+    assert layers.verdict == "detected"
+
+
+def test_symmetries_are_judged_with_the_original(outcome: tuple[Outcome, Path]) -> None:
+    by_name = {result.attack: result for result in outcome[0].results}
+    for name in ("permute-residual", "permute-heads", "all-symmetries"):
+        result = by_name[name]
+        assert (result.verdict, result.payload_decoded, result.family) == ("detected", True, "symmetries"), name
+        if name != "all-symmetries":
+            assert result.weight_change > 0.5
+            assert result.utility.value == result.utility_before
+    reasons = {one.attack: one.reason for one in outcome[0].skipped}
+    # What BERT does not have.
+    assert "RMSNorm" in reasons["rotate-residual"]
+    assert "gelu" in reasons["scale-neurons"]
+
+
+def test_a_llama_has_every_symmetry(tokenizer: PreTrainedTokenizerFast, texts: list[str], tmp_path: Path) -> None:
+    OwnerKey.generate().write(tmp_path / "owner.key")
+    config = WatermarkConfig(
+        model_id="acme/llama",
+        owner_key=f"file:{tmp_path / 'owner.key'}",
+        registry=str(tmp_path / "registry"),
+        signature=SignatureConfig(budget=0.06),
+        triggers=None,
+    )
+    model = make_model("causal_lm", len(tokenizer))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    embed(model, config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(texts))
+    names = [attack.name for attack in ATTACKS if attack.family == "symmetries"]
+    found = run_suite(
+        tmp_path / "model",
+        tmp_path / "out",
+        owner_key=config.owner_key,
+        registry=Path(config.registry),
+        text=tmp_path / "text.txt",
+        names=names,
+        quick=True,
+    )
+    assert found.skipped == ()
+    assert [one.attack for one in found.results[1:]] == names
+    for one in found.results:
+        assert (one.verdict, one.payload_decoded) == ("detected", True), one.attack
+        # The network computes what it did, also with a head that is the embedding no longer.
+        assert one.utility is None or abs(one.utility.loss) < 1e-3, one.attack
+    without = {one.attack for one in found.results if one.utility is None}
+    assert without == {"add-neurons", "split-neurons", "all-symmetries"}
+
+
+def test_other_owners_do_not_displace_the_mark(guarded: Run) -> None:
+    model, _ = load_suspect(guarded.final, identity=guarded.identity)
+    # The tiny model has no room for a stranger at the suite's budget.
+    overwritten = overwrite(model.state_dict(), 5, budget=0.06)
+    assert relative_change(overwritten, model.state_dict()) > 0.1
+    assert verify(overwritten, **_where(guarded)).verdict == "detected"
 
 
 def test_what_cannot_run_is_named(outcome: tuple[Outcome, Path], guarded: Run, tmp_path: Path) -> None:
-    assert [(one.attack, "--other" in one.reason) for one in outcome[0].skipped] == [("merge-linear", True)]
-    bare = run_suite(guarded.final, tmp_path / "out", **_where(guarded), names=("finetune", "overwrite", "gptq", "nf4"))
+    reasons = {one.attack: one.reason for one in outcome[0].skipped}
+    assert "--other" in reasons["merge-linear"]
+    assert "raise the budget" in reasons["overwrite"]
+    bare = run_suite(guarded.final, tmp_path / "out", **_where(guarded), names=("finetune", "gptq", "nf4"))
     assert {one.attack: one.reason.split(",")[0] for one in bare.skipped} == {
         "finetune": "needs --data or --text",
         "gptq": "needs --data or --text",

@@ -10,7 +10,15 @@ import torch
 from families import FAMILIES, make_family, make_lively
 from tiny import make_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
 
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.robustness import symmetries
@@ -110,6 +118,45 @@ def test_other_families_compute_the_same(family: str) -> None:
             other = rebuilt(model, weights)
         other.load_state_dict(weights)
         torch.testing.assert_close(logits(other), before, atol=2e-4, rtol=2e-4, msg=lambda text, name=name: name + text)
+
+
+_TINY = {"vocab_size": VOCABULARY, "num_labels": 3, "pad_token_id": 0}
+_WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLASSIFIERS = {
+    "distilbert": (DistilBertConfig(dim=64, hidden_dim=128, n_layers=2, n_heads=4, **_TINY), ["permute_residual"]),
+    "llama": (LlamaConfig(**_WIDE, **_TINY), ["permute_residual", "rotate_residual", "fold_norms"]),
+    "roberta": (RobertaConfig(**_WIDE, **_TINY), ["permute_residual"]),
+}
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_heads_of_classifiers_move_with_the_residual_stream(family: str) -> None:
+    config: PreTrainedConfig
+    config, names = CLASSIFIERS[family]
+    model = make_lively(AutoModelForSequenceClassification.from_config(config))
+    before = logits(model)
+    for name in names:
+        weights = (KEEPING | LLAMA_ONLY)[name](model.state_dict(), Heads.from_config(config.to_dict()))
+        assert moved(model, weights), name
+        other = AutoModelForSequenceClassification.from_config(config).eval()
+        other.load_state_dict(weights)
+        torch.testing.assert_close(logits(other), before, atol=2e-4, rtol=2e-4, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("name", ["scale_queries", "rotate_queries"])
+def test_normalised_queries_have_no_map(name: str) -> None:
+    model = make_family("qwen3")
+    with pytest.raises(UnsupportedError, match="normalised"):
+        KEEPING[name](model.state_dict(), Heads.from_config(model.config.to_dict()))
+
+
+@pytest.mark.parametrize("name", sorted({*KEEPING, *LLAMA_ONLY} - {"longer vocabulary", "shorter vocabulary"}))
+@pytest.mark.parametrize(("known", "said"), [("mlp", "down, gate"), ("layers", "no blocks")])
+def test_matrices_of_unknown_names_are_refused(name: str, known: str, said: str) -> None:
+    model = make_model("causal", VOCABULARY)
+    weights = {key.replace(f"{known}.", "other"): tensor for key, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match=said):
+        (KEEPING | LLAMA_ONLY)[name](weights, Heads.from_config(model.config.to_dict()))
 
 
 def test_scaled_neurons_keep_a_relu_network() -> None:
