@@ -33,6 +33,7 @@ Progress = Callable[[str, int], None]
 STAGING_PREFIX = ".wmguard-embed-"
 """A folder of this name holds the copy that is not finished, or was killed; the next run clears it away."""
 _OTHER_WEIGHTS = WEIGHT_SUFFIXES | {".h5", ".msgpack", ".onnx"}
+_KEYS = {".key", ".pem"}
 _COPY_BYTES = 16 << 20
 # The kernel, or the file system, has no copying of its own, or none between these two places.
 _NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
@@ -134,7 +135,7 @@ def embed_folder(
     owner = _owner(config)
     shards = find_shards(source)
     others = _other_files(source, shards)
-    _check_output(source, out)
+    _check_output(source, out, Path(config.registry))
     committed = _commit(owner, config, shards.carrying_shapes(), shards)
     keys = committed.record.carrier_keys(owner)
     report = progress or (lambda name, count: None)
@@ -243,7 +244,11 @@ def _judge(committed: Committed, reading: Reading, change: float) -> Embedded:
     )
 
 
-def _check_output(source: Path, out: Path) -> None:
+def _check_output(source: Path, out: Path, registry: Path) -> None:
+    if out.is_symlink():
+        raise UsageError(f"{out} is a symbolic link", hint="choose a new folder")
+    if registry.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"the registry {registry} lies inside {out}", hint="keep the registry apart from the models")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and is not overwritten", hint="choose a new folder")
     if out.resolve().is_relative_to(source.resolve()):
@@ -253,15 +258,17 @@ def _check_output(source: Path, out: Path) -> None:
 
 
 def _other_files(folder: Path, shards: Shards) -> list[str]:
-    """Return all other files of a model folder, hidden folders apart, relative to it.
+    """Return all other files of a model folder, hidden ones apart, relative to it.
 
     Raises:
-        UnsupportedError: One holds weights that would stay unmarked.
+        UnsupportedError: One holds weights that would stay unmarked, or a key, or is no file that can be copied.
     """
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.relpath(os.path.join(root, name), folder) for name in sorted(names)]  # noqa: PTH118
+        # Hidden files are a tool's own, or secrets such as .env.
+        visible = (name for name in sorted(names) if not name.startswith("."))
+        found += [os.path.relpath(os.path.join(root, name), folder) for name in visible]  # noqa: PTH118
     others = [name for name in found if name not in shards.files]
     for name in others:
         path = Path(name)
@@ -269,6 +276,10 @@ def _other_files(folder: Path, shards: Shards) -> list[str]:
             raise UnsupportedError(
                 f"{name} in {folder} would be handed on unmarked: only {', '.join(shards.files[:3])} is marked",
                 hint="move it away, or give a folder that holds one copy of the weights",
+            )
+        if path.suffix.lower() in _KEYS or not (folder / path).is_file():
+            raise UnsupportedError(
+                f"{name} in {folder} is a key, or no ordinary file: it is not handed on", hint="move it away"
             )
     return others
 

@@ -100,6 +100,8 @@ class Aligned(Suspect):
     """
 
     def __init__(self, reference: _Weights, suspect: _Weights, basis: Basis, layers: Mapping[int, _Layer]) -> None:
+        # Names, shapes and coordinates are the reference's, and so is how fused matrices are laid out.
+        self.config = reference.suspect.config
         self._reference = reference
         self._suspect = suspect
         self._basis = basis

@@ -85,6 +85,13 @@ class Location:
     pieces: tuple[Piece, ...]
 
     @property
+    def whole(self) -> str | None:
+        """The name of the tensor of which this is all, as it lies; None of a part or a transpose."""
+        first = self.pieces[0]
+        plain = Piece(tensor=first.tensor, rows=first.rows, columns=first.columns)
+        return first.tensor if self.pieces == (plain,) else None
+
+    @property
     def turned(self) -> bool:
         """Whether a square matrix is read as its transpose."""
         return any(piece.transposed and piece.rows == piece.columns for piece in self.pieces)

@@ -44,8 +44,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is not a readable file of weights: {first}",
             hint="files that would run code when loaded are refused; convert it to safetensors where it is trusted",
         ) from None
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
+    # What training loops wrap a state dict in.
+    for wrapper in ("state_dict", "model_state_dict", "model", "module"):
+        if isinstance(value, dict) and isinstance(value.get(wrapper), dict):
+            value = value[wrapper]
+            break
     named = value.items() if isinstance(value, dict) else ()
     tensors = {str(name): tensor for name, tensor in named if isinstance(tensor, Tensor) and _is_plain(tensor)}
     if not tensors:

@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hf_wmguard.container.files import inspect_file, is_protected
 from hf_wmguard.container.format import PUBLIC_HEADER
 from hf_wmguard.container.recipients import Identity
-from hf_wmguard.errors import AuthenticationError, FormatError
+from hf_wmguard.errors import AuthenticationError, FormatError, UnsupportedError
 from hf_wmguard.suspects.adapter import Adapter, is_adapter
 from hf_wmguard.suspects.files import GGUF_SUFFIX, digest, weight_files
 from hf_wmguard.suspects.gguf import Gguf
@@ -53,14 +54,26 @@ def open_suspect(
         AuthenticationError: A protected folder that no identity opens.
     """
     if isinstance(source, nn.Module):
+        if getattr(source, "peft_config", None):
+            raise UnsupportedError(
+                f"{type(source).__name__} holds adapters beside the weights they change",
+                hint="save it and judge the folder, or judge a merged copy",
+            )
         to_dict = getattr(getattr(source, "config", None), "to_dict", dict)
         yield dequantized(InMemory(source.state_dict(), to_dict()), {})
         return
     if isinstance(source, Mapping):
+        bad = [name for name, one in source.items() if not isinstance(name, str) or not _is_readable(one)]
+        if bad:
+            raise FormatError(f"{bad[0]!r} is no dense tensor in memory", hint="give a plain state dict")
         yield dequantized(InMemory(source), {})
         return
     with ExitStack() as stack:
         yield _open_path(Path(source), identities, stack)
+
+
+def _is_readable(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and value.layout == torch.strided
 
 
 def _open_path(path: Path, identities: tuple[Identity, ...], stack: ExitStack) -> Suspect:

@@ -24,7 +24,7 @@ from hf_wmguard.errors import ConfigError
 READS_RESIDUAL = ("q", "k", "v", "gate", "up")
 ATTENTION = ("q", "k", "v", "o")
 
-_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?)(?P<index>\d+)\.(?P<suffix>.+)$")
+_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?)(?P<index>\d{1,6})\.(?P<suffix>.+)$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in)\.weight$")
 # Suffix after the block's number: the roles of its rows, one after another where a matrix is fused.
 _ROLES: Mapping[str, tuple[str, ...]] = {

@@ -27,7 +27,7 @@ class Unmarked(Suspect):
         record: The private record.
         keys: Its carrier keys.
     Raises:
-        FormatError: The original lacks a carrier.
+        FormatError: The original lacks a carrier, or holds it fused or transposed.
     """
 
     def __init__(self, original: Suspect, record: WatermarkRecord, keys: Sequence[CarrierKey]) -> None:
@@ -37,12 +37,14 @@ class Unmarked(Suspect):
         self._marks: dict[str, tuple[CarrierKey, Baseline]] = {}
         for key, baseline in zip(keys, record.baselines, strict=True):
             location = layout.locate(key.carrier.name, key.carrier.shape)
-            if location is None or len(location.pieces) > 1 or location.pieces[0].rows != key.carrier.shape[0]:
+            # A whole tensor as it lies, or its rows would not be the carrier's.
+            tensor = location.whole if location is not None else None
+            if tensor is None or original.shapes()[tensor] != key.carrier.shape:
                 raise FormatError(
                     f"the original does not hold {key.carrier.name} as it was marked",
                     hint="give the model that was marked as --original, or its source",
                 )
-            self._marks[location.pieces[0].tensor] = (key, baseline)
+            self._marks[tensor] = (key, baseline)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shape of every tensor."""

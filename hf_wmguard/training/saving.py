@@ -1,4 +1,7 @@
-"""Turn every ``save_pretrained`` of a guarded model into ciphertext, whoever calls it."""
+"""Turn every ``model.save_pretrained(...)`` of a guarded model into ciphertext, whoever calls it.
+
+The method is shadowed on the instance; a call through the class, ``PeftModel.save_pretrained(model, ...)``, is unseen.
+"""
 
 from __future__ import annotations
 

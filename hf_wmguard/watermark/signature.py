@@ -286,13 +286,13 @@ class Reading:
         members = self.steps[:, None] == steps
         counts = (members & read[:, None]).sum(0).tolist()
         sums = (members * cosines[:, None]).sum(0)
-        best: Score | None = None
-        for error in levels:
+
+        def log10_p(error: float) -> float:
             weights = weights_for(error, steps)
-            log10_p = log10_p_weighted(float(weights @ sums), weights.tolist(), counts)
-            if best is None or log10_p < best.log10_p:
-                best = Score(log10_p=log10_p, tests=len(levels), weights=weights_for(error, self.steps))
-        return best or Score(log10_p=0.0, tests=1, weights=torch.ones_like(self.steps))
+            return log10_p_weighted(float(weights @ sums), weights.tolist(), counts)
+
+        best = min(levels, key=log10_p)
+        return Score(log10_p=log10_p(best), tests=len(levels), weights=weights_for(best, self.steps))
 
     @property
     def log10_p(self) -> float:
