@@ -72,6 +72,7 @@ class Attack:
         form: Only for cells of this form.
         model: Only for this model.
         original: The suspect is judged with the marked model as the original.
+        innocent: No copy of the marked model: its utility is no loss of an attack.
         sibling: Form of the unmarked model of the same seed that is judged; only where that was trained.
     """
 
@@ -83,6 +84,7 @@ class Attack:
     form: Form | None = None
     model: str | None = None
     original: bool = False
+    innocent: bool = False
     sibling: Form | None = None
 
 
@@ -267,7 +269,14 @@ def _base(target: Target, scratch: Path) -> Weights:
 def _innocent() -> list[Attack]:
     """What is no copy of the model and must not be taken for one, with the original at hand or without."""
     return [
-        Attack(name=f"{name}{'_original' * original}", must=NOTHING, apply=apply, original=original, sibling=form)
+        Attack(
+            name=f"{name}{'_original' * original}",
+            must=NOTHING,
+            apply=apply,
+            original=original,
+            innocent=True,
+            sibling=form,
+        )
         for original in (False, True)
         for name, apply, form in (
             ("unmarked_full", partial(_sibling, "full"), "full"),

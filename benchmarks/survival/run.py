@@ -214,7 +214,7 @@ class _Judge:
             **(extra or {}),
         }
         start = time.process_time()
-        result["utility"] = None if isinstance(suspect, Path) else self._utility(suspect)
+        result["utility"] = None if attack.innocent or isinstance(suspect, Path) else self._utility(suspect)
         result["utility_cpu_s"] = time.process_time() - start
         path = self.results / f"{attack.name}.json"
         path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
