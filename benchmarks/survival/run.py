@@ -214,7 +214,8 @@ class _Judge:
             **(extra or {}),
         }
         start = time.process_time()
-        result["utility"] = None if attack.innocent or isinstance(suspect, Path) else self._utility(suspect)
+        unchanged = attack.innocent or attack.original or isinstance(suspect, Path)
+        result["utility"] = None if unchanged else self._utility(suspect)
         result["utility_cpu_s"] = time.process_time() - start
         path = self.results / f"{attack.name}.json"
         path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
@@ -224,7 +225,7 @@ class _Judge:
         if not self.settings.utility_batches or self.cell.seed not in self.settings.utility_seeds:
             return None
         if {n: t.shape for n, t in suspect.items()} != {n: t.shape for n, t in self.target.weights.items()}:
-            return None  # Layers were dropped, or neurons added.
+            return None  # Layers were dropped.
         if self._before is None:
             self._before = self._measure(self.target.weights)
         after = self._measure(suspect)

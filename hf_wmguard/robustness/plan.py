@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_wmguard.errors import ConfigError, MissingDependencyError, NonFiniteWeightError
 from hf_wmguard.robustness.attacks import StateDict, cast, prune_magnitude, quantize_int8
 from hf_wmguard.suspects.reader import Suspect, open_suspect, weight_files
+from hf_wmguard.suspects.signature import OWNER_WEIGHTS
 from hf_wmguard.watermark.carriers import Carrier, expected_change, is_carrier, select_carriers
 from hf_wmguard.watermark.payload import MIN_CODE_BITS
 from hf_wmguard.watermark.planner import Attack, Mix, evidence, payload_decodes, predict
@@ -61,14 +62,23 @@ MEASURED: Mapping[str, Callable[[StateDict], dict[str, Tensor]]] = {
 """Attacks that are tried on tiles of the model itself."""
 # Errors of formats that this does not write, in units of the rms: measured on an encoder of 22M weights.
 _NOMINAL: Mapping[str, float] = {"GGUF Q8_0": 0.005, "GGUF Q4_K_M": 0.07, "NF4": 0.09, "GGUF Q2_K": 0.29}
+
+
+def _merge(weight: float) -> Attack:
+    """Return what is left after a merge with what the model was before marking, once a verification has undone it.
+
+    It is undone but for the way to the nearest weight that is tried. What training moves beside the mark is not known.
+    """
+    off = min(abs(1 - weight / tried) for tried in (1.0, *OWNER_WEIGHTS))
+    return Attack(owner_weight=1 - off)
+
+
 # The error is the attack's strength.
 _EXACT: Mapping[str, Attack] = {
     "noise 0.1 rms": Attack(error=0.1),
     "noise 0.3 rms": Attack(error=0.3),
     "noise 1.0 rms": Attack(error=1.0),
-    "merging, owner 0.5": Attack(owner_weight=0.5),
-    "merging, owner 0.3": Attack(owner_weight=0.3),
-    "merging, owner 0.1": Attack(owner_weight=0.1),
+    **{f"merging, owner {weight}": _merge(weight) for weight in (0.5, 0.3, 0.1)},
 }
 _NOISES = tuple(0.05 * k for k in range(1, 31))
 _SHARES = (*(0.1 * k for k in range(1, 10)), 0.95)
@@ -295,7 +305,7 @@ def _curves(mix: Mix, tiles: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[tu
     return {
         "noise, in units of the rms": tuple((e, predict(mix, Attack(error=e))[0]) for e in _NOISES),
         "share pruned": tuple((share, predict(mix, errors)[0]) for share, errors in pruned.items()),
-        "owner's weight in a merge": tuple((w, predict(mix, Attack(owner_weight=w))[0]) for w in _OWNER_WEIGHTS),
+        "owner's weight in a merge": tuple((w, predict(mix, _merge(w))[0]) for w in _OWNER_WEIGHTS),
     }
 
 
