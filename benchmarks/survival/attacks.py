@@ -1,6 +1,7 @@
 """Every row of the table: an attack, what makes it, and what must hold after it.
 
-The attacks on tensors alone are here; those of other tools are made by the adapters beside this file.
+Attacks on tensors alone come from `hf_wmguard.robustness`; those of other tools are made by the adapters beside this
+file.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ from typing import Any, Literal
 
 import tasks
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tasks import Task
 from torch import Tensor, nn
+from transformers import AutoConfig
+
+from hf_wmguard.robustness import attacks, compression, finetuning, quantization, structure, symmetries
+from hf_wmguard.robustness.overwriting import overwrite
+from hf_wmguard.suspects.roles import Heads
 
 Weights = Mapping[str, Tensor]
+Form = Literal["full", "lora"]
 PAYLOAD = "payload"
 NOTHING = "not detected"
-UNMARKED_TWIN = "unmarked_twin"
 GROUP = 64
+STRANGERS = 5
+STRANGERS_BUDGET = 0.036
+"""Three times the owner's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +53,11 @@ class Target:
     weights: Weights
     base: Weights
 
+    @property
+    def model(self) -> Path:
+        """The plain model folder: the owner's original."""
+        return self.folder / "model"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attack:
@@ -53,9 +67,13 @@ class Attack:
         name: Its name, also of its results.
         must: ``payload``, a bound of log10 p, ``not detected``, or None: measured only.
         tool: Environment of the adapter that makes it, or ``torch``.
-        apply: Makes the suspect, for ``torch``: weights, or the path of a folder. None for tools.
+        apply: Makes the suspect, for ``torch``: weights, or the path of a file or folder. None for tools.
         heavy: Takes tens of seconds; only on some seeds unless asked for.
         form: Only for cells of this form.
+        model: Only for this model.
+        original: The suspect is judged with the marked model as the original.
+        innocent: No copy of the marked model: its utility is no loss of an attack.
+        sibling: Form of the unmarked model of the same seed that is judged; only where that was trained.
     """
 
     name: str
@@ -63,110 +81,104 @@ class Attack:
     tool: str = "torch"
     apply: Callable[[Target, Path], Weights | Path] | None = None
     heavy: bool = False
-    form: Literal["full", "lora"] | None = None
-
-
-def is_block_matrix(name: str, tensor: Tensor) -> bool:
-    """Return whether a parameter is a matrix of the repeated blocks."""
-    return tensor.ndim == 2 and (".layer." in name or ".layers." in name)
-
-
-def _each(change: Callable[[Tensor], Tensor], target: Target, scratch: Path) -> Weights:
-    return {name: change(t) if is_block_matrix(name, t) else t for name, t in target.weights.items()}
-
-
-def _each_delta(change: Callable[[Tensor], Tensor], target: Target, scratch: Path) -> Weights:
-    return {
-        name: target.base[name] + change(t - target.base[name]) if is_block_matrix(name, t) else t
-        for name, t in target.weights.items()
-    }
+    form: Form | None = None
+    model: str | None = None
+    original: bool = False
+    innocent: bool = False
+    sibling: Form | None = None
 
 
 def _untouched(target: Target, scratch: Path) -> Weights:
     return target.weights
 
 
-def _cast(dtype: torch.dtype, target: Target, scratch: Path) -> Weights:
-    return {name: tensor.to(dtype) for name, tensor in target.weights.items()}
+def _to(change: Callable[..., Weights], *arguments: Any, **options: Any) -> Callable[[Target, Path], Weights]:
+    """Return an attack that changes the weights alone."""
+    return lambda target, scratch: change(target.weights, *arguments, **options)
 
 
-def _round_groups(weight: Tensor, *, bits: int, group: int | None) -> Tensor:
-    """Return symmetric integers times one scale per group of a row (None: per row)."""
-    parts = weight.reshape(-1, group or weight.shape[1])
-    top = 2 ** (bits - 1) - 1
-    scale = parts.abs().amax(1, keepdim=True).clamp_min(1e-12) / top
-    return ((parts / scale).round().clamp(-top - 1, top) * scale).view(weight.shape)
+def _to_delta(change: Callable[..., Weights], *arguments: Any) -> Callable[[Target, Path], Weights]:
+    """Return an attack that knows the public base."""
+    return lambda target, scratch: change(target.weights, target.base, *arguments)
 
 
-def _prune(weight: Tensor, *, share: float) -> Tensor:
-    threshold = weight.abs().flatten().kthvalue(max(1, round(share * weight.numel()))).values
-    return weight * (weight.abs() > threshold)
+def _reshard(target: Target, scratch: Path) -> Path:
+    folder = scratch / "reshard"
+    tasks.with_weights(target.task, target.model, target.weights).save_pretrained(folder, max_shard_size="8MB")
+    return folder
 
 
-def _noise(weight: Tensor, *, level: float) -> Tensor:
-    draw = torch.Generator().manual_seed(weight.numel())
-    return weight + level * weight.square().mean().sqrt() * torch.randn(weight.shape, generator=draw)
+def _stored_as(change: Callable[[Weights], Weights], target: Target, scratch: Path) -> Path:
+    path = scratch / f"{change.__name__}.safetensors"
+    save_file(dict(change(target.weights)), path)
+    return path
 
 
-def _truncate(delta: Tensor, *, rank: int) -> Tensor:
-    """Return the best approximation of this rank, what a truncated SVD gives; the Gram matrix is far faster."""
-    if delta.shape[0] > delta.shape[1]:
-        return _truncate(delta.T, rank=rank).T
-    wide = delta.double()
-    _, vectors = torch.linalg.eigh(wide @ wide.T)
-    top = vectors[:, -rank:]
-    return (top @ (top.T @ wide)).to(delta.dtype)
+def _bin(target: Target, scratch: Path) -> Path:
+    path = scratch / "pytorch_model.bin"
+    torch.save({name: tensor.clone() for name, tensor in target.weights.items()}, path)
+    return path
 
 
-def _one_bit(delta: Tensor) -> Tensor:
-    return delta.sign() * delta.abs().mean()
+def _heads(target: Target) -> Heads:
+    return Heads.from_config(AutoConfig.from_pretrained(target.model).to_dict())
 
 
-def _drop_layers(target: Target, scratch: Path) -> Weights:
-    """Drop every fourth block, the others keep their numbers."""
-    return {
-        name: tensor
-        for name, tensor in target.weights.items()
-        if not (is_block(name) and int(next(part for part in name.split(".") if part.isdigit())) % 4 == 3)
-    }
+def _symmetry(change: Callable[..., Weights], target: Target, scratch: Path, **options: Any) -> Weights:
+    return change(target.weights, _heads(target), **options)
 
 
-def is_block(name: str) -> bool:
-    """Return whether a parameter belongs to a repeated block."""
-    return ".layer." in name or ".layers." in name
+def _all_symmetries(target: Target, scratch: Path) -> Weights:
+    """Apply every symmetry that the model has, one after the other."""
+    weights, heads = target.weights, _heads(target)
+    for seed, (change, model, options) in enumerate(SYMMETRIES.values()):
+        if model in (None, target.task.name) and change not in (symmetries.fold_norms, symmetries.permute_residual):
+            weights = change(weights, heads, **options | {"seed": seed})
+    if target.task.name == "minilm":
+        weights = symmetries.permute_residual(weights, heads, seed=99)
+    return weights
 
 
-FINE_TUNE_BATCHES = 48
+def _moved_layers(target: Target, scratch: Path) -> Weights:
+    """Swap two blocks in the middle and double the last."""
+    count = len(next(iter(structure.layers_of(target.weights).values())))
+    order = list(range(count))
+    order[count // 2 - 1 : count // 2 + 1] = [count // 2, count // 2 - 1]
+    return symmetries.keep_layers(target.weights, _heads(target), [*order, count - 1])
+
+
+FINE_TUNE_BATCHES = 24
 FINE_TUNE_EPOCHS = 3
 
 
 def fine_tuned_elsewhere(task: Task, shared: Path) -> Any:
     """Return the public base after a fine-tuning on another corpus, with the owner's number of labels."""
-    model = _for_other_corpus(task, shared, None)
-    _train(model, task, shared, task.learning_rate["full"])
-    if task.name == "minilm":
-        whole = tasks.load_base(task, shared)
-        body = {name: t for name, t in model.state_dict().items() if "classifier" not in name}
-        whole.load_state_dict(body, strict=False)
-        return whole
-    return model
+    weights = finetuning.finetune(
+        _for_other_corpus(task, shared, None),
+        _other_rows(task, shared),
+        learning_rate=task.learning_rate["full"],
+        epochs=FINE_TUNE_EPOCHS,
+    )
+    whole = tasks.load_base(task, shared)
+    whole.load_state_dict({name: t for name, t in weights.items() if not _is_head(name)}, strict=False)
+    return whole
 
 
-def _fine_tune(rate: float, target: Target, scratch: Path) -> Weights:
-    """Fine-tune everything on another corpus; a classifier learns other labels with another head."""
+def _fine_tune(train: Callable[..., Weights], rate: float, target: Target, scratch: Path) -> Weights:
+    """Train on another corpus; a classifier learns other labels with another head."""
     model = _for_other_corpus(target.task, target.shared, target.weights)
-    _train(model, target.task, target.shared, rate)
-    return _own_head(target, dict(model.named_parameters()))
+    rows = _other_rows(target.task, target.shared)
+    trained = train(model, rows, learning_rate=rate, epochs=FINE_TUNE_EPOCHS)
+    # With the owner's head put back utility can be measured.
+    return {name: tensor if _is_head(name) else trained[name] for name, tensor in target.weights.items()}
 
 
-def _fine_tune_lora(rate: float, target: Target, scratch: Path) -> Weights:
-    """Train a LoRA of rank 16 on another corpus and merge it."""
-    from peft import LoraConfig, get_peft_model
+def _other_rows(task: Task, shared: Path) -> tasks.Rows:
+    return tasks.other_rows(task, shared, FINE_TUNE_BATCHES * task.batch)
 
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=target.task.lora_targets)
-    model = get_peft_model(_for_other_corpus(target.task, target.shared, target.weights), config)
-    _train(model, target.task, target.shared, rate)
-    return _own_head(target, dict(model.merge_and_unload().named_parameters()))
+
+def _is_head(name: str) -> bool:
+    return any(part in name for part in tasks.HEAD)
 
 
 def _for_other_corpus(task: Task, shared: Path, weights: Weights | None) -> Any:
@@ -174,27 +186,9 @@ def _for_other_corpus(task: Task, shared: Path, weights: Weights | None) -> Any:
     model = tasks.load_base(task, shared, labels=tasks.OTHER_LABELS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if weights is not None and not any(part in name for part in tasks.HEAD):
+            if weights is not None and not _is_head(name):
                 parameter.copy_(weights[name])
     return model
-
-
-def _own_head(target: Target, weights: Weights) -> Weights:
-    head = {name: tensor for name, tensor in target.weights.items() if any(part in name for part in tasks.HEAD)}
-    return {name: tensor.detach() for name, tensor in weights.items()} | head
-
-
-def _train(model: Any, task: Task, shared: Path, rate: float) -> None:
-    rows = tasks.other_rows(task, shared, FINE_TUNE_BATCHES * task.batch)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01, fused=True)
-    model.train()
-    for epoch in range(FINE_TUNE_EPOCHS):
-        for batch in tasks.batches(rows, task.batch, seed=epoch):
-            model(**batch).loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 DISTILL_EPOCHS = 1
@@ -203,7 +197,7 @@ DISTILL_EPOCHS = 1
 def _distill(target: Target, scratch: Path) -> Weights:
     """Teach the model's outputs to the public base, on rows that the owner did not train on."""
     task = target.task
-    teacher = tasks.with_weights(task, target.folder / "model", target.weights)
+    teacher = tasks.with_weights(task, target.model, target.weights)
     torch.manual_seed(11)
     student = tasks.load_base(task, target.shared).train()
     optimizer = tasks.optimizer(task, student, "full")
@@ -251,8 +245,6 @@ def _adapter_svd(target: Target, scratch: Path) -> Path:
 
 
 def _rewrite_adapter(target: Target, folder: Path, change: Callable[[dict[str, Tensor]], Weights]) -> Path:
-    from safetensors.torch import load_file
-
     source = target.folder / "adapter"
     folder.mkdir(parents=True)
     shutil.copy2(source / "adapter_config.json", folder)
@@ -260,13 +252,14 @@ def _rewrite_adapter(target: Target, folder: Path, change: Callable[[dict[str, T
     return folder
 
 
-def plain_twin(folder: Path) -> Path:
-    """Return where the unmarked twin of a marked cell lies: the same data, order and seed."""
-    return folder.with_name(folder.name.replace("-marked", "-plain"))
+def sibling_folder(folder: Path, form: Form) -> Path:
+    """Return where the unmarked model of a marked cell's data, order and seed lies, trained in this form."""
+    model, _, seed, _ = folder.name.split("-")
+    return folder.with_name(f"{model}-{form}-{seed}-plain")
 
 
-def _twin(target: Target, scratch: Path) -> Path:
-    return plain_twin(target.folder) / "model"
+def _sibling(form: Form, target: Target, scratch: Path) -> Path:
+    return sibling_folder(target.folder, form) / "model"
 
 
 def _base(target: Target, scratch: Path) -> Weights:
@@ -274,37 +267,95 @@ def _base(target: Target, scratch: Path) -> Weights:
 
 
 def _innocent() -> list[Attack]:
-    """What is no copy of the model and must not be taken for one."""
+    """What is no copy of the model and must not be taken for one, with the original at hand or without."""
     return [
-        Attack(name=UNMARKED_TWIN, must=NOTHING, apply=_twin),
-        Attack(name="public_base", must=NOTHING, apply=_base),
+        Attack(
+            name=f"{name}{'_original' * original}",
+            must=NOTHING,
+            apply=apply,
+            original=original,
+            innocent=True,
+            sibling=form,
+        )
+        for original in (False, True)
+        for name, apply, form in (
+            ("unmarked_full", partial(_sibling, "full"), "full"),
+            ("unmarked_lora", partial(_sibling, "lora"), "lora"),
+            ("public_base", _base, None),
+        )
     ]
+
+
+def _storage_attacks() -> list[Attack]:
+    named = {
+        "untouched": _untouched,
+        "bf16": _to(attacks.cast, torch.bfloat16),
+        "fp16": _to(attacks.cast, torch.float16),
+        "reshard": _reshard,
+        "prefix": partial(_stored_as, structure.add_prefix),
+        "rename": partial(_stored_as, structure.rename),
+        "bin": _bin,
+        "transpose": partial(_stored_as, structure.transpose),
+    }
+    return [Attack(name=name, must=PAYLOAD, apply=apply) for name, apply in named.items()]
 
 
 def _torch_attacks() -> list[Attack]:
-    attacks: list[tuple[str, str | float | None, Callable[[Target, Path], Weights | Path]]] = [
-        ("untouched", PAYLOAD, _untouched),
-        ("bf16", PAYLOAD, partial(_cast, torch.bfloat16)),
-        ("fp16", PAYLOAD, partial(_cast, torch.float16)),
-        ("int8_row", PAYLOAD, partial(_each, partial(_round_groups, bits=8, group=None))),
-        ("int4_g64", PAYLOAD, partial(_each, partial(_round_groups, bits=4, group=GROUP))),
-        ("int3_g64", -30.0, partial(_each, partial(_round_groups, bits=3, group=GROUP))),
+    rows: list[tuple[str, str | float | None, Callable[[Target, Path], Weights]]] = [
+        ("int8_row", PAYLOAD, _to(attacks.quantize_int8)),
+        ("int4_g64", PAYLOAD, _to(quantization.quantize_groups, 4, group=GROUP)),
+        ("int3_g64", -30.0, _to(quantization.quantize_groups, 3, group=GROUP)),
     ]
     prunes: dict[int, str | float] = {30: PAYLOAD, 50: PAYLOAD, 70: -60.0, 90: -9.0}
-    attacks += [(f"prune_{n}", must, partial(_each, partial(_prune, share=n / 100))) for n, must in prunes.items()]
+    rows += [(f"prune_{n}", must, _to(attacks.prune_magnitude, n / 100)) for n, must in prunes.items()]
     noises: dict[float, str | float] = {0.1: PAYLOAD, 0.3: PAYLOAD, 1.0: -9.0}
-    attacks += [(f"noise_{x}", must, partial(_each, partial(_noise, level=x))) for x, must in noises.items()]
+    rows += [(f"noise_{x}", must, _to(attacks.add_noise, x)) for x, must in noises.items()]
     ranks: dict[int, float | None] = {64: -9.0, 32: -9.0, 16: None, 8: None, 4: None}
-    attacks += [(f"delta_svd_{r}", must, partial(_each_delta, partial(_truncate, rank=r))) for r, must in ranks.items()]
-    attacks += [("delta_one_bit", -9.0, partial(_each_delta, _one_bit)), ("drop_layers_25", None, _drop_layers)]
-    return [Attack(name=name, must=must, apply=apply) for name, must, apply in attacks]
+    rows += [(f"delta_svd_{r}", must, _to_delta(compression.svd_delta, r)) for r, must in ranks.items()]
+    rows += [
+        ("delta_one_bit", -9.0, _to_delta(compression.one_bit_delta)),
+        ("overwrite_5", PAYLOAD, _to(overwrite, STRANGERS, budget=STRANGERS_BUDGET)),
+        ("drop_layers_25", None, _to(structure.drop_layers, 0.25)),
+    ]
+    return [Attack(name=name, must=must, apply=apply) for name, must, apply in rows]
+
+
+SYMMETRIES: dict[str, tuple[Callable[..., Weights], str | None, dict[str, int]]] = {
+    "permute_heads": (symmetries.permute_heads, None, {"seed": 1}),
+    "scale_queries": (symmetries.scale_queries, None, {"seed": 2}),
+    "rotate_queries": (symmetries.rotate_queries, None, {"seed": 3}),
+    "map_values": (symmetries.map_values, None, {"seed": 4}),
+    "permute_neurons": (symmetries.permute_neurons, None, {"seed": 5}),
+    "scale_neurons": (symmetries.scale_neurons, "llama", {"seed": 6}),
+    "split_neurons": (symmetries.split_neurons, None, {"count": 40, "seed": 7}),
+    "add_neurons": (symmetries.add_neurons, None, {"count": 40, "seed": 8}),
+    "permute_residual": (symmetries.permute_residual, None, {"seed": 9}),
+    "fold_norms": (symmetries.fold_norms, "llama", {}),
+    "rotate_residual": (symmetries.rotate_residual, "llama", {"seed": 10}),
+    "resize_vocabulary": (symmetries.resize_vocabulary, None, {"rows": 6_000, "seed": 11}),
+}
+"""By name: the function, the only model that has the symmetry, its options."""
+
+
+def _aligned_attacks() -> list[Attack]:
+    """What needs the original: everything that moves weights without changing the function, and lost layers."""
+    rows: list[tuple[str, str | None, Callable[[Target, Path], Weights]]] = [
+        (f"sym_{name}", model, partial(_symmetry, change, **options))
+        for name, (change, model, options) in SYMMETRIES.items()
+    ]
+    rows += [
+        ("sym_all", None, _all_symmetries),
+        ("drop_layers_25_original", None, _to(structure.drop_layers, 0.25)),
+        ("move_layers", None, _moved_layers),
+    ]
+    return [Attack(name=name, must=PAYLOAD, apply=apply, model=model, original=True) for name, model, apply in rows]
 
 
 def _heavy_attacks() -> list[Attack]:
     heavy: list[tuple[str, str, Callable[[Target, Path], Weights | Path]]] = [
-        ("fine_tune_2e-5", PAYLOAD, partial(_fine_tune, 2e-5)),
-        ("fine_tune_1e-4", PAYLOAD, partial(_fine_tune, 1e-4)),
-        ("fine_tune_lora", PAYLOAD, partial(_fine_tune_lora, 2e-4)),
+        ("fine_tune_2e-5", PAYLOAD, partial(_fine_tune, finetuning.finetune, 2e-5)),
+        ("fine_tune_1e-4", PAYLOAD, partial(_fine_tune, finetuning.finetune, 1e-4)),
+        ("fine_tune_lora", PAYLOAD, partial(_fine_tune, finetuning.finetune_lora, 2e-4)),
         ("distillation", NOTHING, _distill),
     ]
     return [Attack(name=name, must=must, apply=apply, heavy=True) for name, must, apply in heavy]
@@ -333,7 +384,7 @@ def _tool_attacks() -> list[Attack]:
         },
         "merge": {
             f"merge_{method}_{partner}_{weight}": must
-            for method in ("linear", "slerp", "ties", "dare_ties", "task_arithmetic")
+            for method in ("linear", "slerp", "ties", "dare_ties")
             for partner in ("base", "other")
             for weight, must in ((0.5, PAYLOAD), (0.3, -30.0), (0.1, -9.0))
         },
@@ -348,7 +399,15 @@ def _adapter_attacks() -> list[Attack]:
 
 ATTACKS = {
     attack.name: attack
-    for attack in [*_torch_attacks(), *_adapter_attacks(), *_tool_attacks(), *_heavy_attacks(), *_innocent()]
+    for attack in [
+        *_storage_attacks(),
+        *_adapter_attacks(),
+        *_torch_attacks(),
+        *_tool_attacks(),
+        *_aligned_attacks(),
+        *_heavy_attacks(),
+        *_innocent(),
+    ]
 }
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import tasks
 import torch
 import train as training
-from attacks import ATTACKS, UNMARKED_TWIN, Attack, Target, Weights, calibration_texts, fine_tuned_elsewhere
+from attacks import ATTACKS, Attack, Target, Weights, calibration_texts, fine_tuned_elsewhere, sibling_folder
 from external import ToolError, Tools
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -58,7 +58,7 @@ class Settings:
         environments: Folder that ``environments.sh`` made, or None: no external tools.
         utility_batches: Held-out batches for the utility after an attack; 0 switches it off.
         utility_seeds: Seeds on which it is measured.
-        signature: Other than default values of `SignatureConfig`.
+        signature: Values of `SignatureConfig` other than the benchmark's own.
     """
 
     out: Path
@@ -121,7 +121,7 @@ def _attack_with_tool(tool: str, chosen: list[Attack], judge: _Judge, scratch: P
     tools = settings.environments and Tools(folder=settings.environments)
     if not tools or not tools.has(tool):
         return [f"{judge.cell.name} {tool}: no environment; run environments.sh"]
-    paths = {"model": target.folder / "model"}
+    paths = {"model": target.model}
     if tool == "merge":
         paths |= {
             "base": _write_partner(target, target.base, scratch / "base"),
@@ -140,7 +140,9 @@ def _attack_with_tool(tool: str, chosen: list[Attack], judge: _Judge, scratch: P
         if made.is_file():
             types = made.with_suffix(".types.json")
             extra = {"types": _count(json.loads(types.read_text()).values())} if types.is_file() else {}
-            judge.judge(attack, load_file(made), seconds.get(attack.name), extra)
+            stored = made.with_suffix(".gguf")
+            source = stored if stored.is_file() else None
+            judge.judge(attack, load_file(made), seconds.get(attack.name), source=source, extra=extra)
     shutil.rmtree(scratch / tool, ignore_errors=True)
     return failed
 
@@ -170,7 +172,7 @@ def _other(target: Target, settings: Settings) -> Weights:
 
 def _write_partner(target: Target, weights: Weights, folder: Path) -> Path:
     """Write a model to merge with; a classifier's head is the owner's, so that the merged model can be used."""
-    tasks.with_weights(target.task, target.folder / "model", weights).save_pretrained(folder)
+    tasks.with_weights(target.task, target.model, weights).save_pretrained(folder)
     return folder
 
 
@@ -182,12 +184,27 @@ class _Judge:
         self._before: float | None = None
 
     def judge(
-        self, attack: Attack, suspect: Weights | Path, seconds: float | None, extra: dict[str, Any] | None = None
+        self,
+        attack: Attack,
+        suspect: Weights | Path,
+        seconds: float | None,
+        *,
+        source: Path | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> None:
-        """Judge one suspect and write one JSON."""
+        """Judge one suspect and write one JSON.
+
+        Args:
+            attack: What was done.
+            suspect: Weights, whose utility can be measured, or a path.
+            seconds: What it took.
+            source: The file that is verified in the place of the weights.
+            extra: More to write.
+        """
         start = time.process_time()
-        source = suspect if isinstance(suspect, Path) else dict(suspect)
-        report = verify(source, **training.owner_of(self.target.folder)).to_json()
+        original = self.target.model if attack.original else None
+        read = source or (suspect if isinstance(suspect, Path) else dict(suspect))
+        report = verify(read, original=original, **training.owner_of(self.target.folder)).to_json()
         result = {
             "cell": self.cell.name,
             "attack": attack.name,
@@ -197,7 +214,8 @@ class _Judge:
             **(extra or {}),
         }
         start = time.process_time()
-        result["utility"] = None if isinstance(suspect, Path) else self._utility(suspect)
+        unchanged = attack.innocent or attack.original or isinstance(suspect, Path)
+        result["utility"] = None if unchanged else self._utility(suspect)
         result["utility_cpu_s"] = time.process_time() - start
         path = self.results / f"{attack.name}.json"
         path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
@@ -206,7 +224,7 @@ class _Judge:
     def _utility(self, suspect: Weights) -> dict[str, float] | None:
         if not self.settings.utility_batches or self.cell.seed not in self.settings.utility_seeds:
             return None
-        if set(suspect) != set(self.target.weights):
+        if {n: t.shape for n, t in suspect.items()} != {n: t.shape for n, t in self.target.weights.items()}:
             return None  # Layers were dropped.
         if self._before is None:
             self._before = self._measure(self.target.weights)
@@ -214,7 +232,7 @@ class _Judge:
         return {"before": self._before, "after": after, "loss": self.cell.task.change(self._before, after)}
 
     def _measure(self, weights: Weights) -> float:
-        model = tasks.with_weights(self.cell.task, self.target.folder / "model", weights)
+        model = tasks.with_weights(self.cell.task, self.target.model, weights)
         return tasks.utility(model, self.cell.task, self.settings.shared, batches=self.settings.utility_batches)
 
 
@@ -233,8 +251,7 @@ def main() -> None:
     grid = list(product(arguments.models, arguments.forms, arguments.seeds))
     marked = [Cell(model=model, form=form, seed=seed, marked=True) for model, form, seed in grid]
     plain = [Cell(model=m, form=f, seed=s, marked=False) for m, f, s in grid if s in arguments.plain_seeds]
-    portions = [(cell, names) for cell in marked for names in _portions(cell, arguments)]
-    merged = {cell.model for cell, names in portions if any(ATTACKS[name].tool == "merge" for name in names)}
+    merged = {cell.model for cell in marked if any(attack.tool == "merge" for attack in _chosen(cell, arguments))}
     failed: list[str] = []
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         training_runs = [pool.submit(train_other, model, settings) for model in sorted(merged)]
@@ -242,8 +259,9 @@ def main() -> None:
         failed += _wait(training_runs)
         attacks = [
             pool.submit(attack_cell, cell, names, settings)
-            for cell, names in portions
+            for cell in marked
             if (cell.folder(settings.out) / "cell.json").is_file()
+            for names in _portions(_chosen(cell, arguments), cell.folder(settings.out))
         ]
         failed += _wait(attacks)
     for line in failed:
@@ -251,19 +269,27 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def _portions(cell: Cell, arguments: argparse.Namespace) -> list[list[str]]:
-    """Return the attacks on a cell, by tool: what one worker does in one go."""
-    chosen = [
+def _chosen(cell: Cell, arguments: argparse.Namespace) -> list[Attack]:
+    return [
         attack
         for attack in ATTACKS.values()
         if attack.form in (None, cell.form)
-        and (attack.name != UNMARKED_TWIN or cell.seed in arguments.plain_seeds)
-        and (not attack.heavy or cell.seed in arguments.heavy_seeds)
+        and attack.model in (None, cell.model)
+        and (not (attack.heavy or attack.must is None) or cell.seed in arguments.heavy_seeds)
         and (attack.tool == "torch" or (arguments.environments and cell.seed in arguments.tool_seeds))
         and (not arguments.attacks or any(attack.name.startswith(part) for part in arguments.attacks))
     ]
-    kinds = sorted({(attack.tool, attack.heavy) for attack in chosen})
-    return [[attack.name for attack in chosen if (attack.tool, attack.heavy) == kind] for kind in kinds]
+
+
+def _portions(chosen: list[Attack], folder: Path) -> list[list[str]]:
+    """Return the attacks on a cell by kind: what one worker does in one go."""
+    possible = [
+        attack
+        for attack in chosen
+        if attack.sibling is None or (sibling_folder(folder, attack.sibling) / "cell.json").is_file()
+    ]
+    kinds = sorted({(attack.tool, attack.heavy) for attack in possible})
+    return [[attack.name for attack in possible if (attack.tool, attack.heavy) == kind] for kind in kinds]
 
 
 def _wait(runs: list[Any]) -> list[str]:
@@ -290,8 +316,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--forms", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--plain-seeds", nargs="*", type=int, default=[1, 2, 3], help="seeds with an unmarked twin")
-    parser.add_argument("--heavy-seeds", nargs="*", type=int, default=[1], help="seeds for fine-tuning and distilling")
-    parser.add_argument("--tool-seeds", nargs="*", type=int, default=[1, 2, 3], help="seeds for external tools")
+    parser.add_argument(
+        "--heavy-seeds", nargs="*", type=int, default=[1], help="seeds for rows that train or have no bound"
+    )
+    parser.add_argument("--tool-seeds", nargs="*", type=int, default=[1], help="seeds for external tools")
     parser.add_argument("--utility-seeds", nargs="*", type=int, default=[1], help="seeds with the utility of attacks")
     parser.add_argument("--utility-batches", type=int, default=4, help="held-out batches for it; 0 for none")
     parser.add_argument("--attacks", nargs="*", help="only attacks whose names begin so")

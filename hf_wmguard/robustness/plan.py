@@ -19,6 +19,7 @@ from hf_wmguard.robustness.attacks import StateDict, add_noise, cast, prune_magn
 from hf_wmguard.robustness.ggml import quantize_gguf
 from hf_wmguard.robustness.quantization import quantize_groups, quantize_nf4
 from hf_wmguard.suspects.reader import Suspect, open_suspect, weight_files
+from hf_wmguard.suspects.signature import OWNER_WEIGHTS
 from hf_wmguard.watermark.carriers import Carrier, expected_change, is_carrier, select_carriers
 from hf_wmguard.watermark.payload import MIN_CODE_BITS
 from hf_wmguard.watermark.planner import Attack, Mix, evidence, payload_decodes, predict
@@ -51,11 +52,20 @@ MEASURED: Mapping[str, Callable[[StateDict], dict[str, Tensor]]] = {
     "noise 1.0 rms": partial(add_noise, scale=1.0),
 }
 """Attacks that are tried on tiles of the model itself; those on GGUF where the package ``gguf`` is installed."""
+
+
+def _merge(weight: float) -> Attack:
+    """Return what is left after a merge with what the model was before marking, once a verification has undone it.
+
+    It is undone but for the way to the nearest weight that is tried. What training moves beside the mark is not known.
+    """
+    off = min(abs(1 - weight / tried) for tried in (1.0, *OWNER_WEIGHTS))
+    return Attack(owner_weight=1 - off)
+
+
 # The error is the attack's strength.
 _EXACT: Mapping[str, Attack] = {
-    "merging, owner 0.5": Attack(owner_weight=0.5),
-    "merging, owner 0.3": Attack(owner_weight=0.3),
-    "merging, owner 0.1": Attack(owner_weight=0.1),
+    **{f"merging, owner {weight}": _merge(weight) for weight in (0.5, 0.3, 0.1)},
 }
 _NOISES = tuple(0.05 * k for k in range(1, 31))
 _SHARES = (*(0.1 * k for k in range(1, 10)), 0.95)
@@ -285,7 +295,7 @@ def _curves(mix: Mix, tiles: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[tu
     return {
         "noise, in units of the rms": tuple((e, predict(mix, Attack(error=e))[0]) for e in _NOISES),
         "share pruned": tuple((share, predict(mix, errors)[0]) for share, errors in pruned.items()),
-        "owner's weight in a merge": tuple((w, predict(mix, Attack(owner_weight=w))[0]) for w in _OWNER_WEIGHTS),
+        "owner's weight in a merge": tuple((w, predict(mix, _merge(w))[0]) for w in _OWNER_WEIGHTS),
     }
 
 

@@ -26,10 +26,8 @@ _STRETCHED = 0.1
 """Root mean square of the log ratio of norms from which rows or columns count as scaled; training moves it by less."""
 _PROBES = 8
 _STRIDE = 37
-# What a merge has diluted is extrapolated from the baseline: a merge in which the owner has weight w leaves w of what
-# training and marking moved. Within 10% of every w down to 0.09.
-_GAINS = tuple(1.2**power for power in range(1, 14))
-
+OWNER_WEIGHTS = tuple(0.8**turn for turn in range(1, 11))
+"""Shares of the owner in a merge that are tried, 0.8 to 0.11: none is further than an eighth from one of them."""
 _Tiles = Sequence[tuple[CarrierKey, Baseline]]
 
 
@@ -39,9 +37,8 @@ class Attempt:
 
     Args:
         alignment: What was undone: ``none``, ``contents`` (tiles found by what they hold, because their names say
-            nothing or mislead), ``norms`` (scaled rows and columns), ``diluted 0.48`` (merged with what it was
-            trained from, or another fine-tune of that, at this owner weight), or what the alignment with the original
-            says.
+            nothing or mislead), ``norms`` (scaled rows and columns), ``merge at 0.51`` (with what it was before marking,
+            or another fine-tune of that), or what the alignment with the original says.
         reading: What was read.
         bytes_read: Bytes of weights that were read for it.
         tests: How many alternatives stood behind it; each is a test that the p-value is corrected for.
@@ -108,7 +105,7 @@ def _read_delta(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
         change = try_projections(delta, key)
         projections.append(None if change is None else baseline.projections_of(key) + change)
         bytes_read += 0 if delta is None else _size_bytes(delta)
-    return _with_dilutions(tiles, projections, bytes_read)
+    return _with_merges(tiles, projections, bytes_read)
 
 
 def _read_whole(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
@@ -119,7 +116,7 @@ def _read_whole(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
         named.append(_Found() if location is None else _look(suspect, location, key, baseline))
     moved = _search(tiles, named, suspect, layout)
     keys, bytes_read = [key for key, _ in tiles], sum(one.bytes_read for one in moved or named)
-    attempts = _with_dilutions(tiles, [one.projections for one in named], bytes_read)
+    attempts = _with_merges(tiles, [one.projections for one in named], bytes_read)
     for found, alignment in ((named, ""), (moved, "contents")):
         if not found:
             continue
@@ -127,7 +124,7 @@ def _read_whole(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
         if alignment:
             attempts += [
                 replace(one, alignment=", ".join(a for a in (alignment, one.alignment) if a != "none"))
-                for one in _with_dilutions(tiles, [one.projections for one in found], bytes_read)
+                for one in _with_merges(tiles, [one.projections for one in found], bytes_read)
             ]
         if max(one.stretch for one in found) > _STRETCHED:
             scaled = Reading.of(keys, [one.rescaled for one in found])
@@ -136,21 +133,21 @@ def _read_whole(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
     return attempts
 
 
-def _with_dilutions(tiles: _Tiles, projections: Sequence[Tensor | None], bytes_read: int) -> list[Attempt]:
-    """Return the reading of projections as they are, and of what they were before a merge with the base.
+def _with_merges(tiles: _Tiles, projections: Sequence[Tensor | None], bytes_read: int) -> list[Attempt]:
+    """Return the reading of projections as they are, and as they were if the suspect is a merge with the baseline.
 
-    A merge with the base, in which the owner has weight w, leaves base + w (marked - base); 1 / w of the way from
-    the baseline leads back. Another fine-tune of the base adds its own way, as noise.
+    Another fine-tune of the same base is far nearer to the base than to the owner along the mark's directions, so that
+    a merge with it is undone almost as well.
     """
     keys = [key for key, _ in tiles]
     attempts = [Attempt(alignment="none", reading=Reading.of(keys, projections), bytes_read=bytes_read)]
-    bases = [baseline.projections_of(key) for key, baseline in tiles]
-    for gain in _GAINS:
+    for weight in OWNER_WEIGHTS:
         undone = [
-            None if one is None else base + gain * (one - base) for one, base in zip(projections, bases, strict=True)
+            None if one is None else baseline.unmerge(one, key, weight)
+            for (key, baseline), one in zip(tiles, projections, strict=True)
         ]
         reading = Reading.of(keys, undone)
-        attempts.append(Attempt(alignment=f"diluted {1 / gain:.2f}", reading=reading, bytes_read=bytes_read))
+        attempts.append(Attempt(alignment=f"merge at {weight:.2f}", reading=reading, bytes_read=bytes_read))
     return attempts
 
 
@@ -196,8 +193,8 @@ def _search(tiles: _Tiles, named: list[_Found], suspect: Suspect, layout: Layout
         own = layout.locate(key.carrier.name, key.carrier.shape)
         best, read = _Found(), 0
         for location in layout.locations(key.carrier.shape):
+            # A square matrix may lie transposed; to read a tile of it so is to read it whole, at its own name only.
             if location.turned and (own is None or own.pieces[0].tensor != location.pieces[0].tensor):
-                # A square matrix may lie transposed; to read a tile of it so is to read it whole.
                 continue
             other = _look(suspect, location, key, baseline)
             read += other.bytes_read

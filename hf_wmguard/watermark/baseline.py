@@ -68,6 +68,19 @@ class Baseline:
         norms = torch.linalg.vector_norm(pair, dim=1)
         return float((pair[0] @ pair[1]) / (norms[0] * norms[1]).clamp_min(1e-300))
 
+    def unmerge(self, projections: Tensor, key: CarrierKey, weight: float) -> Tensor:
+        """Return what was merged with the baseline, float64 [l, r]: B + (P - B) / w.
+
+        A merge draws the whole fine-tuning back, not the mark's own small shift alone, and so off the lattice.
+
+        Args:
+            projections: Those of a suspect, in units of the weights, float64 [l, r].
+            key: The carrier key.
+            weight: Share of the suspect that is the owner's, 0 to 1.
+        """
+        before = self.projections_of(key)
+        return before + (projections - before) / weight
+
     def stretch(self, tile: Tensor, carrier: Carrier) -> float:
         """Return by how much rows or columns were scaled: the root mean square of the larger log ratio of norms."""
         weights = tile.detach().float()

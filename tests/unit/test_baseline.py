@@ -182,6 +182,14 @@ def damaged(name: str, *values: float) -> str:
     return encode_base64(torch.tensor(values, dtype=dtype).numpy().tobytes())
 
 
+def test_a_merge_with_the_baseline_is_undone(tile: Tensor, key: CarrierKey, baseline: Baseline) -> None:
+    trained = tile + 2 * tile.std() * torch.randn(tile.shape, generator=torch.Generator().manual_seed(7))
+    merged = read_projections(0.3 * trained + 0.7 * tile, key)
+    torch.testing.assert_close(
+        baseline.unmerge(merged, key, 0.3), read_projections(trained, key), rtol=0, atol=1e-5 * key.carrier.rms * 100
+    )
+
+
 @pytest.mark.parametrize("name", ["projections", "row_norms", "column_norms"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_refused(baseline: Baseline, name: str, bad: float) -> None:

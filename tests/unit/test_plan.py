@@ -96,7 +96,10 @@ def test_noise(strength: float, marked: Marked) -> None:
 
 @pytest.mark.parametrize("owner", [0.5, 0.3, 0.1])
 def test_merging_with_the_unmarked_model(owner: float, marked: Marked) -> None:
-    merged = on_weights(lambda name, one: owner * one + (1 - owner) * marked.original[name].float())
+    def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # In float32: rounding to 16 bits would be magnified with what is undone.
+        return {n: owner * one.float() + (1 - owner) * marked.original[n].float() for n, one in weights.items()}
+
     check(marked.plan, f"merging, owner {owner}", marked.after(merged))
 
 
@@ -126,8 +129,10 @@ def test_stronger_attacks_leave_less(marked: Marked) -> None:
     for kind, points in marked.plan.curves.items():
         values = [log10_p for _, log10_p in points]
         if "owner" in kind:
-            values.reverse()
-        assert values == sorted(values), kind
+            # A merge is undone, the better the nearer its weight is to one of those that are tried.
+            assert max(values) < -9, kind
+        else:
+            assert values == sorted(values), kind
 
 
 def test_a_plot_is_a_png(marked: Marked) -> None:

@@ -13,7 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-METHODS = ("linear", "slerp", "ties", "dare_ties", "task_arithmetic")
+METHODS = ("linear", "slerp", "ties", "dare_ties")
 WEIGHTS = (0.5, 0.3, 0.1)
 DENSITY = 0.5
 
@@ -35,8 +35,7 @@ def configuration(method: str, partner: str, weight: float, arguments: Namespace
         return common | {"models": [{"model": path, "parameters": {"weight": share}} for path, share in shares]}
     if partner == "base":
         shares = shares[:1]
-    extra = {} if method == "task_arithmetic" else {"density": DENSITY}
-    models = [{"model": path, "parameters": {"weight": share, **extra}} for path, share in shares]
+    models = [{"model": path, "parameters": {"weight": share, "density": DENSITY}} for path, share in shares]
     return common | {"base_model": base, "models": models, "parameters": {"normalize": False}}
 
 
