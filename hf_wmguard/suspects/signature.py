@@ -37,8 +37,8 @@ class Attempt:
 
     Args:
         alignment: What was undone: ``none``, ``contents`` (tiles found by what they hold, because their names say
-            nothing or mislead), ``norms`` (scaled rows and columns), ``merge at 0.51`` (with what it was before marking,
-            or another fine-tune of that), or what the alignment with the original says.
+            nothing or mislead), ``norms`` (scaled rows and columns), ``merge at 0.51`` (with what the model was before
+            marking, or another fine-tune of that), or what the alignment with the original says.
         reading: What was read.
         bytes_read: Bytes of weights that were read for it.
         tests: How many alternatives stood behind it; each is a test that the p-value is corrected for.

@@ -126,7 +126,7 @@ def test_wiped_rows_and_columns(tile: Tensor, key: CarrierKey, baseline: Baselin
     assert math.isfinite(baseline.stretch(wiped, CARRIER))
     assert bool(torch.isfinite(baseline.rescale(wiped, CARRIER)).all())
     nothing = torch.zeros_like(tile)
-    assert baseline.stretch(nothing, CARRIER) == 0.0
+    assert baseline.stretch(nothing, CARRIER) > 1
     assert torch.equal(baseline.rescale(nothing, CARRIER), nothing)
 
 
