@@ -35,6 +35,7 @@ from hf_wmguard.config import SignatureConfig, WatermarkConfig
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.protect import new_record
 from hf_wmguard.suspects.signature import read_attempts
+from hf_wmguard.suspects.sources import InMemory
 from hf_wmguard.watermark.carriers import Carrier, is_carrier
 from hf_wmguard.watermark.planner import ERROR_LEVELS, Mix, choose_mix, weights_for
 from hf_wmguard.watermark.prf import Stream
@@ -95,14 +96,11 @@ def record_of(weights: Weights, number: int) -> WatermarkRecord:
 def verdict_log10_p(weights: Weights, record: WatermarkRecord, number: int) -> float:
     """Return the corrected p-value of the verdict with one owner's key."""
 
-    def tile_of(carrier: Carrier) -> Tensor:
-        return weights[carrier.name][carrier.row_start : carrier.row_start + carrier.rows]
-
-    scores = [
-        attempt.reading.score()
-        for attempt in read_attempts(record, record.carrier_keys(OwnerKey(secret(number))), tile_of)
-    ]
-    return log10_bonferroni(min(score.log10_p for score in scores), sum(score.tests for score in scores))
+    keys = record.carrier_keys(OwnerKey(secret(number)))
+    attempts = read_attempts(record, keys, InMemory(weights))
+    scores = [(attempt, attempt.reading.score()) for attempt in attempts]
+    tests = sum(attempt.tests * score.tests for attempt, score in scores)
+    return log10_bonferroni(min(score.log10_p for _, score in scores), tests)
 
 
 def mark(weights: Weights, number: int) -> tuple[Weights, float]:
