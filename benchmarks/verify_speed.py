@@ -2,14 +2,15 @@
 
     python benchmarks/verify_speed.py [--model DIR] [--layers 32] [--work DIR] [--runs 3] [--threads 1]
 
-Without --model a random checkpoint is written first, and deleted at the end. The model itself is committed to, not
-marked: what is read, derived and computed does not depend on whether the mark is there. Each run is a process of its
-own; the files are read once beforehand. `wmguard plan` is timed on the same folder, imports included.
+Without --model a random checkpoint is written first, and deleted at the end. It is marked post hoc, which takes room
+for a second copy. Each run is a process of its own; the files are read once beforehand. `wmguard plan` is timed on the
+same folder, imports included.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,8 @@ from pathlib import Path
 from big_checkpoint import write_checkpoint
 
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
+from hf_wmguard.embedding import embed_folder
 from hf_wmguard.keys import OwnerKey
-from hf_wmguard.protect import commit, new_record, new_salt
 from hf_wmguard.suspects.shards import find_shards
 
 _VERIFY = """
@@ -29,6 +30,7 @@ import torch
 torch.set_num_threads(int(sys.argv[4]))
 from hf_wmguard import verification
 from hf_wmguard.suspects import signature
+from hf_wmguard.suspects.locate import Location
 from hf_wmguard.watermark.baseline import Baseline
 from hf_wmguard.watermark.record import WatermarkRecord
 from hf_wmguard.watermark.signature import Reading
@@ -49,14 +51,7 @@ timed(verification, "_committed", "registry")
 timed(WatermarkRecord, "carrier_keys", "key derivation")
 timed(Reading, "score", "scoring")
 timed(WatermarkRecord, "decode_payload", "decoding")
-inner_reader = verification.tile_reader
-def tile_reader(opened):
-    class Holder: pass
-    holder = Holder()
-    holder.read = inner_reader(opened)
-    timed(holder, "read", "reading tiles")
-    return holder.read
-verification.tile_reader = tile_reader
+timed(Location, "read", "reading tiles")
 timed(signature, "try_projections", "projecting")
 timed(Baseline, "stretch", "norms")
 start = time.perf_counter()
@@ -66,7 +61,8 @@ seconds["all else"] = total - sum(value for name, value in seconds.items() if na
 usage = resource.getrusage(resource.RUSAGE_SELF)
 cpu = usage.ru_utime + usage.ru_stime
 print(f"verify {total:.2f} s, imports {seconds.pop('imports'):.2f} s, CPU of all {cpu:.2f} s,"
-      f" peak memory {usage.ru_maxrss / 2**10:.0f} MiB, bytes read {report.signature.bytes_read:,}")
+      f" peak memory {usage.ru_maxrss / 2**10:.0f} MiB, bytes read {report.signature.bytes_read:,},"
+      f" {report.verdict}, log10 p {report.log10_p:.0f}, alignment {report.signature.alignment}")
 print("  " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
 """
 _PLAN = """
@@ -103,7 +99,6 @@ def main() -> None:
             print(f"wrote {write_checkpoint(model, options.layers):,} bytes", flush=True)
         OwnerKey.generate().write(work / "owner.key")
         reference = f"file:{work / 'owner.key'}"
-        owner, shards = OwnerKey.load(reference), find_shards(model)
         config = WatermarkConfig(
             model_id="benchmark",
             owner_key=reference,
@@ -111,9 +106,11 @@ def main() -> None:
             signature=SignatureConfig(),
             triggers=None,
         )
-        record = new_record(owner, config, salt=new_salt(), shapes=shards.carrying_shapes(), read=shards.read)
-        commit(record, work / "registry", owner)
-        for file in shards.files:
+        embed_folder(model, work / "marked", config)
+        if options.model is None:
+            shutil.rmtree(model)
+        model = work / "marked"
+        for file in find_shards(model).files:
             warm(model / file)
         for _ in range(options.runs):
             run(_VERIFY, model, reference, work / "registry", options.threads)
