@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import save_file
 from tiny import build_trainer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_wmguard import SignatureConfig, TriggerConfig, WatermarkConfig
 from hf_wmguard.cli import main as cli
@@ -57,14 +55,18 @@ def test_readme_from_keys_to_verdict(
     assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
-def test_readme_plans_and_marks_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_plans_and_marks_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
     monkeypatch.chdir(tmp_path)
-    keys, _, plan, mark = blocks("console")
-    weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(512, 512).bfloat16() for i in range(16)}
-    (tmp_path / "model").mkdir()
-    save_file(weights, tmp_path / "model" / "model.safetensors")
-    for block in (keys, plan, mark):
+    keys, _, plan, mark, original, stress = blocks("console")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=512, intermediate_size=512, num_hidden_layers=2)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    # Only the number of attacks is changed.
+    for block in (keys, plan, mark, original, stress.replace("--quick", "--quick --attacks int8,merge-base-linear")):
         run_commands(block, monkeypatch)
+    assert (tmp_path / "stress" / "report.html").is_file()
     assert (tmp_path / "plan.png").is_file()
     assert (tmp_path / "marked" / "model.safetensors").is_file()
 

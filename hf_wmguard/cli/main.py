@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from hf_wmguard.cli.embed import embed
 from hf_wmguard.cli.options import (
@@ -24,9 +25,31 @@ from hf_wmguard.cli.options import (
 from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.stress import stress
-from hf_wmguard.errors import WmguardError
+from hf_wmguard.errors import CapacityError, WmguardError
+
+_INTERRUPTED = 130
+_WHOLE = "the output folder is whole or does not exist"
+# What an interrupted command leaves behind, where it writes anything.
+_LEFT = {
+    "embed": f"{_WHOLE}; a commitment that was made stays in the registry and is harmless",
+    "decrypt": _WHOLE,
+    "stress": "the same command goes on where this one stopped",
+}
+
+
+class _Commands(TyperGroup):
+    """The commands; typer itself ends an interrupted one without a word, or in other versions with exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("interrupted", _LEFT.get(ctx.invoked_subcommand, "nothing was changed: run it again"))
+            raise typer.Exit(_INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="wmguard",
     help="Ownership watermarks and encrypted saves for models fine-tuned with the Hugging Face Trainer.",
     no_args_is_help=True,
@@ -81,7 +104,12 @@ def verify(
     model_id: ModelIdOption = None,
     identity: IdentityOption = None,
     original: Annotated[
-        Path | None, typer.Option("--original", help="Your own model: the suspect is aligned with it first.")
+        Path | None,
+        typer.Option(
+            "--original",
+            help="Folder of your own model, from before marking or marked: permuted, rotated and scaled neurons, "
+            "heads, residual channels and moved layers of the suspect are undone by it, and that reading is tried too.",
+        ),
     ] = None,
     alpha_log10: AlphaOption = -9.0,
     as_json: JsonOption = False,
@@ -221,6 +249,9 @@ def _print_report(report: Any, as_json: bool) -> None:
         table.add_row("model", escape(f"{report.model_id} {report.iteration}"))
         for channel in ("signature", "triggers"):
             for name, number in (value[channel] or {}).items():
+                # Where it did not decode these are the digits of nothing.
+                if name == "payload" and not value[channel]["payload_decoded"]:
+                    continue
                 table.add_row(f"{channel}.{name}", f"{number:.4g}" if isinstance(number, float) else str(number))
         table.add_row("committed", f"{report.commitment['time']} {report.commitment['entry']}")
         console.print(table)
@@ -232,7 +263,14 @@ def main() -> None:
     try:
         app()
     except WmguardError as error:
-        err.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True, highlight=False)
-        if error.hint:
-            err.print(f"hint: {error.hint}", markup=False, soft_wrap=True, highlight=False)
+        hint = error.hint
+        if isinstance(error, CapacityError):
+            hint += " (of embed and plan the budget is --budget; signature=None is a setting of training)"
+        _complain(error.message, hint)
         sys.exit(error.exit_code)
+
+
+def _complain(message: str, hint: str) -> None:
+    err.print(f"error: {message}", style="red", markup=False, soft_wrap=True, highlight=False)
+    if hint:
+        err.print(f"hint: {hint}", markup=False, soft_wrap=True, highlight=False)

@@ -21,13 +21,18 @@ _COLOURS = {"payload exact": "green", "holds": "cyan", "doubtful": "yellow", "lo
 def plan(
     model: Annotated[Path, typer.Argument(help="Folder or weight file of the model, as verify reads it.")],
     budget: BudgetOption = 0.01,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also write a PNG here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also write a PNG here; needs the extra hf-wmguard[stress].")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict the weight change, and log10 p after each attack, before any training."""
     from hf_wmguard.atomic import write_atomic
-    from hf_wmguard.robustness.plan import make_plan, plot_plan
+    from hf_wmguard.robustness.plan import make_plan
+    from hf_wmguard.robustness.plots import check_available, plot_plan
 
+    if plot is not None:
+        check_available()
     with err.status(escape(f"reading {model}")):
         made = make_plan(model, budget=budget)
     if plot is not None:

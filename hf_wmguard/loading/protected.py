@@ -23,6 +23,7 @@ from hf_wmguard.container.recipients import Identity, load_identity
 from hf_wmguard.errors import ConfigError, FormatError, NotFoundError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import ENVELOPE_NAME, MANIFEST_NAME, RECIPIENTS_NAME
 from hf_wmguard.evidence.signing import load_signer
+from hf_wmguard.suspects.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from hf_wmguard.suspects.protected import open_folder
 from hf_wmguard.suspects.tensors import decode
 
@@ -93,12 +94,17 @@ def load_protected(
         from_pretrained_kwargs: Passed on to ``from_pretrained``.
     Raises:
         ConfigError: No identity.
-        UnsupportedError: Disk offload, which would write plaintext.
+        UnsupportedError: An adapter, which is no model; disk offload, which would write plaintext.
         NotFoundError, ManifestError, AuthenticationError, FormatError: As `open_folder`.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise NotFoundError(f"no protected folder at {folder}", hint="give a local folder")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UnsupportedError(
+            f"{folder} holds an adapter, not a whole model",
+            hint="decrypt the folder, then PeftModel.from_pretrained(base, decrypted_folder)",
+        )
     _refuse_offload(from_pretrained_kwargs)
     reference = identity or os.environ.get(IDENTITY_VARIABLE)
     if not reference:
@@ -196,6 +202,11 @@ def load_suspect(path: Path, *, identity: str | Identity | None = None) -> tuple
     Raises:
         NotFoundError, FormatError, UnsupportedError: Not a folder of a model that transformers knows.
     """
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UnsupportedError(
+            f"{path} holds an adapter, which answers nothing without its base",
+            hint="merge it into its base (merge_and_unload), save that with its tokenizer, and probe it",
+        )
     if not (path / "config.json").is_file():
         raise NotFoundError(f"{path} has no config.json", hint="give the folder of a model")
     try:
@@ -223,5 +234,8 @@ def load_suspect(path: Path, *, identity: str | Identity | None = None) -> tuple
 
 
 def _reason(error: Exception) -> str:
-    # One line and not a page: torch's goes on to advise loading the suspect with its code.
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own words advise loading the suspect with its code.
+        return "its weights are a damaged pickle, or one that would run code"
+    # One line and not a page.
     return " ".join(str(error).split())[:150] or type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -297,27 +296,3 @@ def _curves(mix: Mix, tiles: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[tu
         "share pruned": tuple((share, predict(mix, errors)[0]) for share, errors in pruned.items()),
         "owner's weight in a merge": tuple((w, predict(mix, _merge(w))[0]) for w in _OWNER_WEIGHTS),
     }
-
-
-def plot_plan(plan: Plan) -> bytes:
-    """Return a PNG of the expected log10 p against the strength of noise, pruning and merging.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError("a plot needs matplotlib", hint="run pip install 'hf-wmguard[demo]'") from None
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (kind, points) in zip(figure.subplots(1, len(plan.curves)), plan.curves.items(), strict=True):
-        axes.plot(*zip(*points, strict=True), marker=".")
-        axes.axhline(ALPHA_LOG10, color="grey", linestyle="--", linewidth=0.8)
-        # Linear down to the level of the verdict, logarithmic beyond it.
-        axes.set_yscale("symlog", linthresh=-ALPHA_LOG10)
-        axes.invert_yaxis()
-        axes.set_xlabel(kind)
-        axes.set_ylabel("expected log10 p")
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()

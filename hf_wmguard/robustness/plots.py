@@ -1,4 +1,4 @@
-"""Pictures of a run: one small figure per family of attacks, and an overview of all."""
+"""Pictures: of a plan, and of a run one small figure per family of attacks and an overview of all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_wmguard.errors import MissingDependencyError
+from hf_wmguard.robustness.plan import Plan
 from hf_wmguard.robustness.results import COSTLY, Result
 from hf_wmguard.verification import DEFAULT_ALPHA_LOG10
 
@@ -31,9 +32,7 @@ def check_available() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise MissingDependencyError(
-            "the report needs matplotlib", hint="run pip install 'hf-wmguard[stress]'"
-        ) from None
+        raise MissingDependencyError("plots need matplotlib", hint="run pip install 'hf-wmguard[stress]'") from None
 
 
 def _figure(width: float, height: float) -> Any:
@@ -47,6 +46,29 @@ def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
+
+
+def plot_plan(plan: Plan) -> bytes:
+    """Return a PNG of the expected -log10 p against the strength of noise, pruning and merging.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_available()
+    figure = _figure(11, 3.6)
+    # On one scale: what ends the mark in one panel may be harmless in the next.
+    row = figure.subplots(1, len(plan.curves), sharey=True)
+    for axes, (kind, points) in zip(row, plan.curves.items(), strict=True):
+        axes.plot([strength for strength, _ in points], [-log10_p for _, log10_p in points], marker=".", clip_on=False)
+        axes.set_xlabel(kind, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    expected = [-log10_p for points in plan.curves.values() for _, log10_p in points]
+    for axes in row:
+        _log_axis(axes, "y", _P_TICKS, expected, -DEFAULT_ALPHA_LOG10)
+    row[0].set_ylabel("evidence, -log10 p", fontsize=9)
+    row[0].set_title("expected after each attack (red: detected from here on)", fontsize=10, loc="left")
+    return _png(figure)
 
 
 def plot_family(results: Sequence[Result]) -> bytes:
@@ -143,7 +165,8 @@ def plot_overview(results: Sequence[Result]) -> bytes:
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
-    axes.set_title("strength: log10 p (red: not detected; *: costs more than 5% utility)", fontsize=9, loc="left")
+    title = "in each cell, strength of the attack: log10 p after it\nred: not detected; *: costs more than 5% utility"
+    axes.set_title(title, fontsize=9, loc="left")
     return _png(figure)
 
 

@@ -38,10 +38,10 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         # Only the zip format of torch 1.6 and later can be mapped.
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except _BROKEN_PICKLE as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except _BROKEN_PICKLE:
+        # In our own words: torch's advise loading the file with its code.
         raise FormatError(
-            f"{path} is not a readable file of weights: {first}",
+            f"{path} is not a readable file of weights: it is damaged, or holds more than plain tensors",
             hint="files that would run code when loaded are refused; convert it to safetensors where it is trusted",
         ) from None
     # What training loops wrap a state dict in.

@@ -194,6 +194,14 @@ def test_verify_for_people(wmguard: Command, guarded: Run) -> None:
     assert _text(done.out, column=1).count(str(read_manifest(guarded.final)[0].commitment)) == 1
 
 
+def test_a_payload_that_did_not_decode_is_for_machines_only(wmguard: Command, guarded: Run, unmarked: Path) -> None:
+    digits = json.loads(wmguard("verify", unmarked, *_where(guarded), "--json").out)["signature"]["payload"]
+    assert len(digits) == 64
+    assert digits not in _text(wmguard("verify", unmarked, *_where(guarded)).out, column=1)
+    marked = json.loads(wmguard("verify", guarded.final, *_where(guarded), "--json").out)["signature"]["payload"]
+    assert marked in _text(wmguard("verify", guarded.final, *_where(guarded)).out, column=1)
+
+
 def test_verify_of_a_run_without_a_save(wmguard: Command, guarded: Run, tmp_path: Path) -> None:
     done = wmguard("verify", tmp_path, *_where(guarded))
     _is_error(done, 4)
@@ -308,6 +316,8 @@ def test_probe_of_a_folder_that_cannot_be_loaded(
     spoil(plaintext)
     done = wmguard("probe", "--local", plaintext, *_where(guarded))
     _is_error(done, code)
+    assert "weights_only" not in done.err
+    assert "Re-running" not in done.err
     assert "their code has run" not in done.err
     assert not (tmp_path / "exploded").exists()
 

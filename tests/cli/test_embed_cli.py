@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +144,25 @@ def test_embed_says_which_budget_would_do(embed) -> None:  # type: ignore[no-unt
     done = embed("--budget", "0.002")
     _is_error(done, 2)
     assert "raise the budget to" in done.err
+    assert "--budget" in done.err
+
+
+def test_an_interrupted_embed_leaves_no_copy(  # type: ignore[no-untyped-def]
+    embed, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    # In the midst of the copy, after the commitment.
+    monkeypatch.setattr(os, "copy_file_range", interrupt, raising=False)
+    done = embed()
+    _is_error(done, 130)
+    assert "error: interrupted" in done.err
+    assert "stays in the registry" in done.err
+    assert list((tmp_path / "registry").iterdir())
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".wmguard-embed-*"))
 
 
 # plan
@@ -163,6 +185,14 @@ def test_plan_as_a_table_with_a_plot(wmguard, model: Path, tmp_path: Path) -> No
     for text in ("weight change", "INT4", "pruning", "merging", "payload exact"):
         assert text in done.out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_asks_for_matplotlib_before_it_works(wmguard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    # Were the model looked at first, it would be missed first.
+    done = wmguard("plan", tmp_path / "none", "--plot", tmp_path / "plan.png")
+    _is_error(done, 4)
+    assert "hf-wmguard[stress]" in done.err
 
 
 @pytest.mark.parametrize(("spoil", "code"), [(_empty, 4), (_not_finite, 3), (_cut, 3)])

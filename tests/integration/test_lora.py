@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import Recorder, StopAt, build_trainer, digest_weights, make_keys, make_model, make_rows
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -31,8 +32,7 @@ from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, 
 from hf_wmguard.container.recipients import load_identity
 from hf_wmguard.errors import CapacityError, UnsupportedError, WmguardError
 from hf_wmguard.evidence.manifest import Manifest, read_manifest
-from hf_wmguard.loading import read_state_dict
-from hf_wmguard.loading.protected import decrypt_folder
+from hf_wmguard.loading import decrypt_folder, load_protected, load_suspect, read_state_dict
 from hf_wmguard.suspects.plaintext import PlaintextFinder
 from hf_wmguard.training.backends import backend_of
 from hf_wmguard.training.callback import WatermarkCallback
@@ -230,6 +230,18 @@ def test_ordinary_loader_takes_the_decrypted_folder(
     assert any("classifier" in name for name in tensors)
     with pytest.raises(RuntimeError, match="size mismatch"):
         PeftModel.from_pretrained(make_model("classification", len(tokenizer)), run.root / "final")
+
+
+def test_an_adapter_is_refused_where_a_whole_model_is_needed(run: LoraRun, tmp_path: Path) -> None:
+    final = run.root / "final"
+    decrypt_folder(final, tmp_path / "plain", identity=run.identity)
+    with pytest.raises(UnsupportedError, match="holds an adapter") as caught:
+        load_protected(final, identity=run.identity, auto_class=AutoModelForSequenceClassification)
+    assert "PeftModel.from_pretrained(base" in caught.value.hint
+    for folder in (final, tmp_path / "plain"):
+        with pytest.raises(UnsupportedError, match="holds an adapter") as caught:
+            load_suspect(folder, identity=run.identity)
+        assert "merge it into its base" in caught.value.hint
 
 
 def test_stopped_and_resumed_equals_uninterrupted(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hf_wmguard import embed
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.errors import CapacityError, ConfigError, NonFiniteWeightError
-from hf_wmguard.robustness.plan import MEASURED, Plan, make_plan, plot_plan
+from hf_wmguard.robustness.plan import MEASURED, Plan, make_plan
+from hf_wmguard.robustness.plots import plot_plan
 from hf_wmguard.verification import SignatureResult, verify
 
 BUDGET = 0.04
