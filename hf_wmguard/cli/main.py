@@ -25,7 +25,7 @@ from hf_wmguard.cli.options import (
 from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.stress import stress
-from hf_wmguard.errors import CapacityError, WmguardError
+from hf_wmguard.errors import WmguardError
 
 _INTERRUPTED = 130
 _WHOLE = "the output folder is whole or does not exist"
@@ -263,10 +263,7 @@ def main() -> None:
     try:
         app()
     except WmguardError as error:
-        hint = error.hint
-        if isinstance(error, CapacityError):
-            hint += " (of embed and plan the budget is --budget; signature=None is a setting of training)"
-        _complain(error.message, hint)
+        _complain(error.message, error.hint)
         sys.exit(error.exit_code)
 
 

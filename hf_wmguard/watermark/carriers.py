@@ -210,7 +210,7 @@ def select_carriers(
     if not shapes:
         raise CapacityError(
             "the model has no matrix that can carry a signature (expected 2-D weights in numbered blocks)",
-            hint="pass signature=None to mark with triggers only",
+            hint="a model that is trained can be marked with triggers only (signature=None)",
         )
     tiles = choose_tiles(shapes, stream)
     ranks = {name: rank for name, (rank, _) in (bases or {}).items()}
@@ -227,7 +227,7 @@ def select_carriers(
         raise CapacityError(
             f"too few carriers: {len(tiles)} matrices give {total} projections at budget {budget:g}, "
             f"the payload needs {min_projections}",
-            hint=f"{advice}, or pass signature=None to mark with triggers only",
+            hint=f"{advice}; a model that is trained can be marked with triggers only (signature=None)",
         )
     carriers = tuple(
         Carrier(
