@@ -92,9 +92,9 @@ class Location:
         return first.tensor if self.pieces == (plain,) else None
 
     @property
-    def turned(self) -> bool:
-        """Whether a square matrix is read as its transpose."""
-        return any(piece.transposed and piece.rows == piece.columns for piece in self.pieces)
+    def transposed(self) -> bool:
+        """Whether rows of it are columns of what is stored."""
+        return any(piece.transposed for piece in self.pieces)
 
     def read(self, suspect: Suspect, start: int, count: int) -> Tensor:
         """Return ``count`` rows of the matrix from row ``start`` on, in the dtype of the suspect [count, columns].

@@ -19,6 +19,7 @@ from hf_wmguard.suspects.roles import Heads
 from hf_wmguard.suspects.sources import Suspect
 from hf_wmguard.suspects.unmarked import Unmarked
 from hf_wmguard.watermark.baseline import Baseline
+from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.record import WatermarkRecord
 from hf_wmguard.watermark.signature import CarrierKey, Reading, try_projections
 
@@ -157,10 +158,10 @@ def _look(suspect: Suspect, location: Location, key: CarrierKey, baseline: Basel
     # Codes of a quantised matrix are no weights.
     if not tile.is_floating_point():
         return _Found(bytes_read=_size_bytes(tile))
-    stretch = baseline.stretch(tile, carrier)
+    stretch, in_proportion = baseline.stretch(tile, carrier)
     # Where the step is far larger or smaller than the weights, phases no longer depend on them: with the norms set
     # back they do, and as it lies the tile says nothing. The rule looks at the weights only.
-    projections = try_projections(tile, key) if baseline.in_proportion(tile, carrier) else None
+    projections = try_projections(tile, key) if in_proportion else None
     rescaled = try_projections(baseline.rescale(tile, carrier), key) if stretch > _STRETCHED else projections
     best = rescaled if projections is None else projections
     return _Found(
@@ -183,6 +184,9 @@ def _search(tiles: _Tiles, named: list[_Found], suspect: Suspect, layout: Layout
     What is neither where its name says nor anywhere else is no tile of the owner's, and is not read.
     """
     unlike = [i for i, ((key, _), one) in enumerate(zip(tiles, named, strict=True)) if one.likeness < _least(key)]
+    # One of many may be unlike by chance.
+    if len(unlike) <= len(tiles) // 32:
+        return []
     # The largest first, whose likeness says most, and from all over the model.
     unlike.sort(key=lambda i: (-tiles[i][0].carrier.projections, i * _STRIDE % len(tiles)))
     found, moved = list(named), 0
@@ -190,12 +194,8 @@ def _search(tiles: _Tiles, named: list[_Found], suspect: Suspect, layout: Layout
         if turn == _PROBES and not moved:
             break
         key, baseline = tiles[i]
-        own = layout.locate(key.carrier.name, key.carrier.shape)
         best, read = _Found(), 0
-        for location in layout.locations(key.carrier.shape):
-            # A square matrix may lie transposed; to read a tile of it so is to read it whole, at its own name only.
-            if location.turned and (own is None or own.pieces[0].tensor != location.pieces[0].tensor):
-                continue
+        for location in _candidates(layout, key.carrier):
             other = _look(suspect, location, key, baseline)
             read += other.bytes_read
             if other.likeness > best.likeness:
@@ -204,6 +204,18 @@ def _search(tiles: _Tiles, named: list[_Found], suspect: Suspect, layout: Layout
         moved += accepted
         found[i] = replace(best if accepted else _Found(), bytes_read=named[i].bytes_read + read)
     return found if moved else []
+
+
+def _candidates(layout: Layout, carrier: Carrier) -> list[Location]:
+    """Return where a carrier may lie if not where its name says.
+
+    To read a tile of a transposed matrix is to read it whole: such places only under the carrier's own name, or where
+    there are no others.
+    """
+    every = layout.locations(carrier.shape)
+    own = layout.locate(carrier.name, carrier.shape)
+    name = None if own is None else own.pieces[0].tensor
+    return [one for one in every if not one.transposed or one.pieces[0].tensor == name] or list(every)
 
 
 def _likeness_of_marked(key: CarrierKey) -> float:

@@ -42,11 +42,11 @@ class Baseline:
     @classmethod
     def measure(cls, tile: Tensor, key: CarrierKey) -> Self:
         """Return the baseline of a tile, any float dtype [rows, columns]; errors as `read_projections`."""
-        weights, rms = tile.detach().float(), key.carrier.rms
+        rms, (rows, columns) = key.carrier.rms, _both_rms(tile)
         return cls(
             projections=_pack((read_projections(tile, key) / rms).float()),
-            row_norms=_pack((_rms(weights, 1) / rms).half()),
-            column_norms=_pack((_rms(weights, 0) / rms).half()),
+            row_norms=_pack((rows / rms).half()),
+            column_norms=_pack((columns / rms).half()),
         )
 
     def fits(self, carrier: Carrier) -> bool:
@@ -81,22 +81,21 @@ class Baseline:
         before = self.projections_of(key)
         return before + (projections - before) / weight
 
-    def stretch(self, tile: Tensor, carrier: Carrier) -> float:
-        """Return by how much rows or columns were scaled: the root mean square of the larger log ratio of norms."""
-        weights = tile.detach().float()
+    def stretch(self, tile: Tensor, carrier: Carrier) -> tuple[float, bool]:
+        """Return by how much a tile was scaled, and whether it is still in proportion to its steps.
+
+        The first is the root mean square of the log ratios of row norms or of column norms, the larger one. The second
+        says whether the tile's norm is within a factor of 4 of what it was: beside steps far larger than the weights
+        the phases would depend on the dithers alone, whatever the suspect is.
+        """
+        rows, columns = _both_rms(tile)
         ratios = [
             # A row that vanished, beside one that had a norm, is scaled too.
-            torch.log(_rms(weights, dim) / carrier.rms / norms).nan_to_num(0.0, 0.0, _VANISHED)
-            for dim, norms in ((1, self._norms(self.row_norms)), (0, self._norms(self.column_norms)))
+            torch.log(found / carrier.rms / norms).nan_to_num(0.0, 0.0, _VANISHED)
+            for found, norms in ((rows, self._norms(self.row_norms)), (columns, self._norms(self.column_norms)))
         ]
-        return max(float(_rms(ratio, 0)) for ratio in ratios)
-
-    def in_proportion(self, tile: Tensor, carrier: Carrier) -> bool:
-        """Return whether the tile's norm is within a factor of 4 of what it was, so that steps mean what they should.
-
-        Beside steps far larger than the weights the phases would depend on the dithers alone, whatever the suspect is.
-        """
-        return 0.25 <= float(_rms(tile.detach().float().flatten(), 0)) / carrier.rms <= 4
+        whole = float(_rms(rows, 0)) / carrier.rms
+        return max(float(_rms(ratio, 0)) for ratio in ratios), 0.25 <= whole <= 4
 
     def rescale(self, tile: Tensor, carrier: Carrier) -> Tensor:
         """Return the tile with the row and column norms of the baseline, float32 [rows, columns].
@@ -144,11 +143,18 @@ class Baseline:
         return baseline
 
 
-def _rms(values: Tensor, dim: int) -> Tensor:
+def _both_rms(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the root mean square of every row and of every column, float32."""
+    weights = tile.detach().float()
     # The squares of large or small float32 values leave its range; the largest value is divided out first.
-    largest = values.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    norms: Tensor = torch.linalg.vector_norm(values / largest, dim=dim)
-    return norms * (largest / math.sqrt(values.shape[dim]))
+    largest = weights.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    weights = weights / largest
+    return _rms(weights, 1) * largest, _rms(weights, 0) * largest
+
+
+def _rms(values: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values, dim=dim)
+    return norms / math.sqrt(values.shape[dim])
 
 
 def _pack(values: Tensor) -> bytes:

@@ -67,7 +67,7 @@ def read(tile: Tensor | None, key: CarrierKey) -> Reading:
 def test_what_is_measured(tile: Tensor, key: CarrierKey, baseline: Baseline) -> None:
     assert baseline.fits(CARRIER)
     torch.testing.assert_close(baseline.projections_of(key), read_projections(tile, key), atol=1e-7, rtol=1e-6)
-    assert baseline.stretch(tile, CARRIER) < 1e-3
+    assert baseline.stretch(tile, CARRIER)[0] < 1e-3
     assert baseline.likeness(read_projections(tile, key), key) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_the_same_tile_is_known_again_and_another_is_not(tile: Tensor, key: Carr
 def test_a_diagonal_scaling_is_undone(tile: Tensor, key: CarrierKey, baseline: Baseline, spread: float) -> None:
     marked = mark(tile, key)
     attacked = scaled(marked, spread=spread)
-    assert baseline.stretch(attacked, CARRIER) > 0.2
+    assert baseline.stretch(attacked, CARRIER)[0] > 0.2
     assert read(attacked, key).correlation < 0.5
     assert read(baseline.rescale(attacked, CARRIER), key).correlation > 0.75
     # Norms of the marked tile would be exact; those from before marking are near.
@@ -105,12 +105,12 @@ def test_a_diagonal_scaling_is_undone(tile: Tensor, key: CarrierKey, baseline: B
 
 def test_a_gain_is_a_scaling_too(tile: Tensor, key: CarrierKey, baseline: Baseline) -> None:
     attacked = 7.0 * mark(tile, key)
-    assert baseline.stretch(attacked, CARRIER) == pytest.approx(math.log(7), rel=0.02)
+    assert baseline.stretch(attacked, CARRIER)[0] == pytest.approx(math.log(7), rel=0.02)
     assert read(baseline.rescale(attacked, CARRIER), key).correlation > 0.75
 
 
 def test_training_is_no_scaling(tile: Tensor, key: CarrierKey, baseline: Baseline) -> None:
-    assert baseline.stretch(mark(tile, key) + 0.1 * gaussian(9), CARRIER) < 0.1
+    assert baseline.stretch(mark(tile, key) + 0.1 * gaussian(9), CARRIER)[0] < 0.1
 
 
 def test_rescaling_leaves_its_argument_alone(tile: Tensor, baseline: Baseline) -> None:
@@ -123,10 +123,10 @@ def test_wiped_rows_and_columns(tile: Tensor, key: CarrierKey, baseline: Baselin
     wiped = tile.clone()
     wiped[:7] = 0
     wiped[:, 11] = 0
-    assert math.isfinite(baseline.stretch(wiped, CARRIER))
+    assert math.isfinite(baseline.stretch(wiped, CARRIER)[0])
     assert bool(torch.isfinite(baseline.rescale(wiped, CARRIER)).all())
     nothing = torch.zeros_like(tile)
-    assert baseline.stretch(nothing, CARRIER) > 1
+    assert baseline.stretch(nothing, CARRIER)[0] > 1
     assert torch.equal(baseline.rescale(nothing, CARRIER), nothing)
 
 
@@ -219,3 +219,12 @@ def test_missing_and_unknown_fields_are_refused(baseline: Baseline) -> None:
         Baseline.from_json(value | {"extra": ""})
     with pytest.raises(FormatError):
         Baseline.from_json([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1, True), (3, True), (5, False), (0.2, False), (1e30, False)])
+def test_a_tile_far_from_its_norm_is_out_of_proportion(
+    tile: Tensor, baseline: Baseline, factor: float, expected: bool
+) -> None:
+    stretch, in_proportion = baseline.stretch(factor * tile, CARRIER)
+    assert in_proportion is expected
+    assert stretch == pytest.approx(abs(math.log(factor)), abs=1e-2)
