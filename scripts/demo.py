@@ -193,10 +193,10 @@ def run(out: Path, epochs: int, seed: int, console: Any) -> dict[str, Any]:
     from hf_wmguard.container.recipients import generate_identity
     from hf_wmguard.evidence.manifest import read_manifest
     from hf_wmguard.keys import OwnerKey, write_key_pair
-    from hf_wmguard.protect import choose_carriers, commit, new_salt
+    from hf_wmguard.protect import commit, new_record, new_salt
     from hf_wmguard.robustness.attacks import cast, prune_magnitude, quantize_int8
     from hf_wmguard.suspects.plaintext import PlaintextFinder
-    from hf_wmguard.watermark.record import WatermarkRecord
+    from hf_wmguard.training.backends import WholeParameters
 
     keys = out / "keys"
     keys.mkdir()
@@ -231,10 +231,8 @@ def run(out: Path, epochs: int, seed: int, console: Any) -> dict[str, Any]:
     # A stranger commits to a watermark of the same kind and size, with another key, and claims the model.
     theirs = {"owner_key": f"file:{keys / 'stranger.key'}", "registry": str(out / "stranger-registry")}
     stranger = OwnerKey.load(theirs["owner_key"])
-    carriers = choose_carriers(dict(plain.model.named_parameters()), config.signature)
-    record = WatermarkRecord.create(
-        stranger, model_id="stranger/model", iteration="1", salt=new_salt(), carriers=carriers, triggers=None
-    )
+    weights = WholeParameters(plain.model)
+    record = new_record(stranger, config, salt=new_salt(), shapes=weights.shapes(), read=weights.read)
     commit(record, Path(theirs["registry"]), stranger)
     loaded = load_protected(
         out / "guarded" / "final",
