@@ -227,7 +227,7 @@ def select_carriers(
         raise CapacityError(
             f"too few carriers: {len(tiles)} matrices give {total} projections at budget {budget:g}, "
             f"the payload needs {min_projections}",
-            hint=f"{advice}; a model that is trained can be marked with triggers only (signature=None)",
+            hint=f"{advice}, or, in training, pass signature=None to mark with triggers only",
         )
     carriers = tuple(
         Carrier(

@@ -114,8 +114,9 @@ def test_a_payload_that_is_lost_is_predicted_so(marked: Marked) -> None:
 def test_weight_change_and_projections(marked: Marked) -> None:
     assert marked.plan.projections == marked.embedded.projections
     assert marked.plan.carriers == marked.embedded.carriers == marked.plan.matrices == LAYERS
-    # n uniform shifts have a norm with a relative standard deviation of 0.45 / sqrt(n).
-    assert marked.embedded.weight_change == pytest.approx(marked.plan.weight_change, rel=0.05)
+    # n uniform shifts have a norm with a relative standard deviation of 0.45 / sqrt(n), and the few hundred large steps
+    # make most of it.
+    assert marked.embedded.weight_change == pytest.approx(marked.plan.weight_change, rel=0.12)
     assert marked.plan.weight_change <= BUDGET
 
 
