@@ -65,7 +65,7 @@ class _Found:
 def read_attempts(
     record: WatermarkRecord, keys: Sequence[CarrierKey], suspect: Suspect, *, original: Suspect | None = None
 ) -> list[Attempt]:
-    """Return the readings of a suspect: as it is, with norms set back, and aligned with the original.
+    """Return the readings of a suspect: as it lies, unmerged, found by contents, norms set back, and aligned.
 
     Args:
         record: The private record.
@@ -164,10 +164,14 @@ def _look(suspect: Suspect, location: Location, key: CarrierKey, baseline: Basel
     projections = try_projections(tile, key) if in_proportion else None
     rescaled = try_projections(baseline.rescale(tile, carrier), key) if stretch > _STRETCHED else projections
     best = rescaled if projections is None else projections
+    likeness = 0.0 if best is None else baseline.likeness(best, key)
+    if projections is None and likeness < _least(key):
+        # Neither in proportion nor, with its norms set back, alike: nothing of the owner's can be read here.
+        rescaled = None
     return _Found(
         projections=projections,
         rescaled=rescaled,
-        likeness=0.0 if best is None else baseline.likeness(best, key),
+        likeness=likeness,
         stretch=stretch,
         bytes_read=_size_bytes(tile),
     )

@@ -154,3 +154,21 @@ def test_an_original_of_another_architecture_is_refused(marked: Marked, tmp_path
     with pytest.raises(ConfigError):
         # A state dict has no config that says how attention is divided.
         marked.judge(marked.state, original=marked.state)
+
+
+def test_a_decoy_does_not_hide_a_mark_that_lies_where_it_should(marked: Marked) -> None:
+    """Whoever has the base can add its tiles under other names, where a search by contents finds them."""
+    decoy = {f"junk.{index}.weight": tensor for index, tensor in enumerate(marked.before.values()) if tensor.dim() == 2}
+    plain, suspect = marked.judge(marked.state), marked.judge({**marked.state, **decoy})
+    assert suspect.verdict == "detected"
+    assert suspect.signature is not None
+    assert suspect.signature.payload_decoded
+    assert suspect.log10_p == pytest.approx(plain.log10_p, rel=0.01)
+
+
+def test_a_whole_model_scaled_out_of_all_proportion_is_read_by_its_norms(marked: Marked) -> None:
+    for factor in (1e-30, 1e30):
+        report = marked.judge({name: factor * tensor for name, tensor in marked.state.items()})
+        assert report.verdict == "detected"
+        assert report.signature is not None
+        assert (report.signature.alignment, report.signature.payload_decoded) == ("norms", True)

@@ -169,6 +169,5 @@ def test_weights_out_of_all_proportion_are_not_read(guarded: Run) -> None:
     carriers = Committed.from_entry(registry.commitments()[0]).record.carriers
     huge = {carrier.name: torch.full(carrier.shape, 1e30) for carrier in carriers}
     report = verify(huge, **guarded.where)
-    # As they lie they are not read: phases of such weights would be any. With their norms set back they say nothing.
-    assert (report.verdict, report.signature.alignment) == ("not_detected", "norms")
-    assert report.log10_p > -3
+    assert report.verdict == "inconclusive"
+    assert report.signature.carriers_missing == len(carriers)

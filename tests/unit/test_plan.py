@@ -114,9 +114,11 @@ def test_a_payload_that_is_lost_is_predicted_so(marked: Marked) -> None:
 def test_weight_change_and_projections(marked: Marked) -> None:
     assert marked.plan.projections == marked.embedded.projections
     assert marked.plan.carriers == marked.embedded.carriers == marked.plan.matrices == LAYERS
-    # n uniform shifts have a norm with a relative standard deviation of 0.45 / sqrt(n), and the few hundred large steps
-    # make most of it.
-    assert marked.embedded.weight_change == pytest.approx(marked.plan.weight_change, rel=0.12)
+    # Shifts are uniform: squares have mean D^2 / 12 and variance D^4 / 180, and a norm varies half as much. The few
+    # hundred large steps make most of it.
+    squares = sum(count * step**2 for step, count in marked.plan.steps) / 12
+    deviation = (sum(count * step**4 for step, count in marked.plan.steps) / 180) ** 0.5 / squares / 2
+    assert marked.embedded.weight_change == pytest.approx(marked.plan.weight_change, rel=4 * deviation)
     assert marked.plan.weight_change <= BUDGET
 
 
