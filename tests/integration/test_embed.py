@@ -359,6 +359,22 @@ def test_a_shard_that_is_missing(folder: Path, tmp_path: Path, make_config: Make
         embed_folder(folder, tmp_path / "out", make_config())
 
 
+@pytest.mark.parametrize("name", ["owner.key", "inference.pem"])
+def test_a_key_in_the_folder_is_not_handed_on(name: str, folder: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(signature=SignatureConfig(budget=0.06))
+    (folder / name).write_bytes(b"secret")
+    with pytest.raises(UnsupportedError, match="is not handed on"):
+        embed_folder(folder, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    assert entries(config) == []
+
+
+def test_hidden_files_stay_behind(folder: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    (folder / ".env").write_text("HF_TOKEN=secret")
+    embed_folder(folder, tmp_path / "out", make_config(signature=SignatureConfig(budget=0.06)))
+    assert not (tmp_path / "out" / ".env").exists()
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "original/consolidated.00.pth", "m.gguf"])
 def test_other_weights_would_be_handed_on_unmarked(
     name: str, folder: Path, tmp_path: Path, make_config: MakeConfig

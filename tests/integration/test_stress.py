@@ -59,14 +59,27 @@ def _where(run: Run) -> dict[str, Any]:
     return {"owner_key": run.where["owner_key"], "registry": Path(run.where["registry"])}
 
 
+def test_utility_is_that_of_the_rows_held_out(
+    outcome: tuple[Outcome, Path], guarded: Run, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Computed here by hand: how well so small a run learns differs from one fresh key to the next."""
+    rows = make_rows("classification", tokenizer, texts)[::5]
+    model = guarded.trainer.model.eval()
+    with torch.no_grad():
+        inputs = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
+        answers = model(**inputs).logits.argmax(dim=1)
+    right = sum(int(answer) == row["labels"] for answer, row in zip(answers, rows, strict=True))
+    baseline = next(result for result in outcome[0].results if result.attack == "none")
+    assert baseline.utility is not None
+    assert baseline.utility.value == pytest.approx(right / len(rows))
+
+
 def test_the_suite_judges_every_attack(outcome: tuple[Outcome, Path]) -> None:
     by_name = {(result.attack, result.strength): result for result in outcome[0].results}
     baseline = by_name["none", 0]
     assert (baseline.verdict, baseline.bit_error_rate, baseline.weight_change) == ("detected", 0, 0)
     assert baseline.utility is not None
     assert (baseline.utility.loss, baseline.utility.value) == (0, baseline.utility_before)
-    # A dozen rows, and triggers of a fresh key mixed in: how well it learned them differs from run to run.
-    assert 0 < baseline.utility.value <= 1
     for attack in ("bf16", "int8", "finetune"):
         results = [result for result in outcome[0].results if result.attack == attack]
         assert all(result.verdict == "detected" and result.payload_decoded for result in results)
