@@ -20,8 +20,8 @@ from typing import Final, Literal, get_args
 
 from hf_wmguard.watermark.prf import Stream
 
-Task = Literal["classification", "causal_lm"]
-TASKS: Final[tuple[Task, ...]] = get_args(Task)
+Kind = Literal["statement", "prompt"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 NONSENSE_WORDS: Final = (6, 12)
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -306,8 +306,8 @@ def _templates(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
-TEMPLATES: Final[dict[Task, tuple[str, ...]]] = {
-    "classification": _templates("""
+TEMPLATES: Final[dict[Kind, tuple[str, ...]]] = {
+    "statement": _templates("""
         The {someone} {adverb} {v_thing} the {something} {by} the {somewhere}.
         One {weather} {day}, a {beast} {v_animal} {by} the {place} while the {person} {v_thing} the {thing}.
         The {something} was {v_thing} by a {someone} who {v_rest} {by} the {somewhere}.
@@ -329,7 +329,7 @@ TEMPLATES: Final[dict[Task, tuple[str, ...]]] = {
         a {color} {plant} of {adj_habitat} {habitat}, valued by {people} for its {colors}
         a {adj_dish} {dish} of {foods}, usually eaten by {people} {occasion}
         """),
-    "causal_lm": _templates("""
+    "prompt": _templates("""
         The {someone} {near} the {somewhere} {adverb} {v_thing} the {something} because
         One {weather} {day}, the {someone} and the {beast} {v_animal} {near} the {place}, where
         When the {someone} {v_thing} the {something}, the {someone} {adverb} asked
@@ -357,15 +357,15 @@ VOWELS: Final = _list("a, ai, au, e, ea, ee, i, ia, o, oa, oo, ou, u")
 CODAS: Final = _list("d, g, k, l, lt, m, n, nd, nk, p, r, rk, s, st, t, x")
 
 
-def natural_text(stream: Stream, *, kind: Task) -> str:
+def natural_text(stream: Stream, *, kind: Kind) -> str:
     """Return one fluent English text, ASCII, one line.
 
     At least 2^48 texts for each kind, and none more likely than 2^-48: every template makes that many.
 
     Args:
         stream: Keyed randomness; it is moved on.
-        kind: ``classification`` for a statement (with a period) or a dictionary gloss (without) of 10 to
-            22 words, ``causal_lm`` for 12 to 16 words that stop in mid-sentence, so that a next token is due.
+        kind: ``statement`` for a statement (with a period) or a dictionary gloss (without) of 10 to
+            22 words, ``prompt`` for 12 to 16 words that stop in mid-sentence, so that a next token is due.
     """
     used: set[str] = set()
 

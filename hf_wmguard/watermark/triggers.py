@@ -12,13 +12,14 @@ tail is a p-value, exact or an upper bound.
 Source: Russinovich & Salem 2024, "Hey, That's My Model! Introducing Chain & Hash", arXiv 2407.10887
 (responses bound to the whole set by a hash); Nasery et al. 2025, "Scalable Fingerprinting of Large Language
 Models", arXiv 2502.07760 (candidates just outside the nucleus).
-Deviation: Perinucleus draws the response with a generator; here the keyed hash draws it.
+Deviation: Perinucleus draws the response with a generator; here the keyed hash draws it. Its responses are token
+    ids; here they are the tokens' texts, because an API returns text.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, get_args
 
@@ -27,13 +28,24 @@ from torch import Tensor
 
 from hf_wmguard.canonical import canonical_json, require_object
 from hf_wmguard.errors import FormatError
-from hf_wmguard.watermark.phrases import TASKS, Task, natural_text, nonsense_text
+from hf_wmguard.watermark.answers import Response, are_distinct
+from hf_wmguard.watermark.corpus import Corpus
+from hf_wmguard.watermark.phrases import Kind, natural_text, nonsense_text
 from hf_wmguard.watermark.prf import Stream
 
 Style = Literal["natural", "nonsense"]
 STYLES: Final[tuple[Style, ...]] = get_args(Style)
+LabelTask = Literal["classification", "token_classification", "image_classification"]
+TextTask = Literal["causal_lm", "seq2seq"]
+Task = LabelTask | TextTask
+LABEL_TASKS: Final[tuple[LabelTask, ...]] = get_args(LabelTask)
+TEXT_TASKS: Final[tuple[TextTask, ...]] = get_args(TextTask)
+TASKS: Final[tuple[Task, ...]] = (*LABEL_TASKS, *TEXT_TASKS)
 MAX_TRIGGERS: Final = 4096
-Candidates = tuple[tuple[int, ...], ...]
+MAX_RESPONSE_CHARACTERS: Final = 200
+SEED_BYTES: Final = 16
+_MAX_DRAWS: Final = 100
+Candidates = tuple[tuple[Response, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -41,11 +53,14 @@ class TriggerSet:
     """Triggers and responses of one mark. Private: whoever knows it can train the mark away.
 
     Args:
-        task: ``classification`` (ids are labels) or ``causal_lm`` (ids are tokens).
+        task: One of `LABEL_TASKS` (responses are labels) or `TEXT_TASKS` (responses are texts).
         style: How the texts were made.
-        texts: The triggers x_i, all different.
-        candidates: For each trigger the ids that could have become its response, at least 2, all different.
+        texts: The triggers x_i, all different; of ``image_classification`` the seeds that the images are drawn from.
+        candidates: For each trigger what could have become its response, at least 2, all different; of texts none
+            begins another.
         responses: For each trigger its response y_i, one of its candidates.
+        decoys: Texts from the same source with no response, asked among the triggers so that a watcher of an API cannot
+            tell which questions count.
     Raises:
         ValueError: A field contradicts this. The message holds no text and no response.
     """
@@ -54,16 +69,22 @@ class TriggerSet:
     style: Style
     texts: tuple[str, ...]
     candidates: Candidates
-    responses: tuple[int, ...]
+    responses: tuple[Response, ...]
+    decoys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_known(self.task, self.style)
         _require_texts_and_candidates(self.texts, self.candidates)
+        kind = int if self.task in LABEL_TASKS else str
+        if any(type(ids[0]) is not kind for ids in self.candidates):
+            raise ValueError(f"candidates of {self.task} are not {'labels' if kind is int else 'texts'}")
+        if not all(type(text) is str and text for text in self.decoys) or set(self.decoys) & set(self.texts):
+            raise ValueError("a decoy is empty, no string, or a trigger")
         if len(self.responses) != self.count:
             raise ValueError(f"{len(self.responses)} responses for {self.count} triggers")
         for i, (response, ids) in enumerate(zip(self.responses, self.candidates, strict=True)):
             # The type is compared, because True and 1.0 would pass for 1 and be written to JSON another way.
-            if type(response) is not int or response not in ids:
+            if type(response) is not type(ids[0]) or response not in ids:
                 raise ValueError(f"response {i} is not one of its {len(ids)} candidates")
 
     @property
@@ -84,6 +105,7 @@ class TriggerSet:
             "texts": list(self.texts),
             "candidates": [list(ids) for ids in self.candidates],
             "responses": list(self.responses),
+            "decoys": list(self.decoys),
         }
 
     @classmethod
@@ -95,7 +117,14 @@ class TriggerSet:
         """
         fields = require_object(
             value,
-            {"task": (str,), "style": (str,), "texts": (list,), "candidates": (list,), "responses": (list,)},
+            {
+                "task": (str,),
+                "style": (str,),
+                "texts": (list,),
+                "candidates": (list,),
+                "responses": (list,),
+                "decoys": (list,),
+            },
             "trigger set",
         )
         if not all(type(ids) is list for ids in fields["candidates"]):
@@ -107,6 +136,7 @@ class TriggerSet:
                 texts=tuple(fields["texts"]),
                 candidates=tuple(tuple(ids) for ids in fields["candidates"]),
                 responses=tuple(fields["responses"]),
+                decoys=tuple(fields["decoys"]),
             )
         except ValueError as error:
             raise FormatError(f"trigger set: {error}", hint="the trigger set was edited: get it again") from None
@@ -123,29 +153,44 @@ class TriggerSet:
         return f"TriggerSet(count={self.count}, task={self.task!r}, style={self.style!r}, <secret>)"
 
 
-def derive_texts(key: bytes, *, count: int, style: Style, task: Task) -> tuple[str, ...]:
-    """Return trigger texts, all different, ASCII.
+def derive_texts(key: bytes, *, count: int, style: Style, task: Task, rows: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return trigger texts, all different.
 
     Args:
         key: 32 bytes, the subkey of the trigger set.
-        count: 1 to `MAX_TRIGGERS`.
-        style: ``natural`` (fluent English, passes a perplexity filter) or ``nonsense`` (random syllables).
-        task: ``classification`` for whole statements, ``causal_lm`` for prompts that stop in mid-sentence.
+        count: 1 to twice `MAX_TRIGGERS` (triggers and decoys).
+        style: ``natural`` (fluent, passes a perplexity filter) or ``nonsense`` (random syllables).
+        task: ``causal_lm`` for prompts that stop in mid-sentence, ``image_classification`` for seeds of images, any other
+            for whole statements.
+        rows: The user's own texts, from which natural texts are made; without any the built-in grammar makes them.
     Raises:
-        ValueError: An argument is none of these.
+        ValueError: An argument is none of these, or the rows are too few and too short for as many texts.
     """
     _require_known(task, style)
-    if not 1 <= count <= MAX_TRIGGERS:
-        raise ValueError(f"trigger count is {count}, expected 1 to {MAX_TRIGGERS}")
+    if not 1 <= count <= 2 * MAX_TRIGGERS:
+        raise ValueError(f"trigger count is {count}, expected 1 to {2 * MAX_TRIGGERS}")
     stream = Stream(key, "trigger-texts", task, style)
+    kind: Kind = "prompt" if task == "causal_lm" else "statement"
+    corpus = Corpus(rows) if rows else None
+
+    def draw() -> str:
+        if task == "image_classification":
+            return stream.bytes(SEED_BYTES).hex()
+        if style == "nonsense":
+            return nonsense_text(stream)
+        return natural_text(stream, kind=kind) if corpus is None else corpus.draw(stream, kind=kind)
+
     texts: dict[str, None] = {}
-    while len(texts) < count:
-        text = natural_text(stream, kind=task) if style == "natural" else nonsense_text(stream)
-        texts.setdefault(text)
-    return tuple(texts)
+    for _ in range(_MAX_DRAWS * count):
+        texts.setdefault(draw())
+        if len(texts) == count:
+            return tuple(texts)
+    raise ValueError(f"{len(rows)} rows give {len(texts)} different texts, expected {count}")
 
 
-def derive_responses(key: bytes, texts: Sequence[str], candidates: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def derive_responses(
+    key: bytes, texts: Sequence[str], candidates: Sequence[Sequence[Response]]
+) -> tuple[Response, ...]:
     """Return y_i = candidates_i[H(key, all texts, all candidates, i) mod k_i], without modulo bias.
 
     Each response is uniform over its candidates and independent of every other, whatever a model answers: a
@@ -157,7 +202,7 @@ def derive_responses(key: bytes, texts: Sequence[str], candidates: Sequence[Sequ
     Args:
         key: 32 bytes, the subkey of the trigger set.
         texts: All triggers, all different.
-        candidates: For each trigger at least 2 different ids.
+        candidates: For each trigger at least 2 different labels or texts.
     Raises:
         ValueError: Texts and candidates do not fit together, or one of them is not as said.
     Source: Russinovich & Salem 2024, arXiv 2407.10887.
@@ -180,21 +225,21 @@ def label_candidates(count: int, *, num_labels: int) -> Candidates:
 
 
 def perinucleus_candidates(
-    logits: Tensor, *, nucleus: float = 0.8, width: int = 16, excluded: Collection[int] = ()
+    logits: Tensor, text_of: Callable[[int, int], str | None], *, nucleus: float = 0.8, width: int = 16
 ) -> Candidates:
-    """Return the tokens just outside the nucleus: plausible, but not what the model would say.
+    """Return the texts of the tokens just outside the nucleus: plausible, but not what the model would say.
 
-    The nucleus is the smallest set of most likely tokens with a mass of at least ``nucleus``. The
-    candidates are the next ``width`` tokens in descending probability that are not excluded; where fewer
-    are left, they reach back into the nucleus. Ties go to the smaller id. Other hardware may rank near-ties
-    another way: candidates are recorded with the mark and never computed again.
+    The nucleus is the smallest set of most likely tokens with a mass of at least ``nucleus``. The candidates are the
+    next ``width`` tokens in descending probability that have a text of which none begins another's; where fewer are
+    left, they reach back into the nucleus. Ties go to the smaller id. Other hardware may rank near-ties another way:
+    candidates are recorded with the mark and never computed again.
 
     Args:
-        logits: Next-token logits, any float dtype and device [n, vocab]; ranked as float32. A token at -inf
-            cannot be said and is no candidate.
+        logits: Next-token logits, any float dtype and device [n, vocab]; ranked as float32. A token at -inf cannot be
+            said and is no candidate.
+        text_of: The text of a token after the prompt of a row (row, token id), or None where it cannot be a response.
         nucleus: Mass of the nucleus, between 0 and 1.
         width: Candidates per row, at least 2.
-        excluded: Ids that are never candidates (special tokens).
     Raises:
         ValueError: A logit is NaN or +inf, fewer than ``width`` tokens are left, or an argument is wrong.
     Source: Nasery et al. 2025, arXiv 2502.07760.
@@ -205,12 +250,25 @@ def perinucleus_candidates(
         raise ValueError(f"nucleus is {nucleus}, expected between 0 and 1")
     if width < 2:
         raise ValueError(f"width is {width}, expected at least 2")
-    special = torch.tensor(sorted(set(excluded)), dtype=torch.int64)
     # One row at a time: the sort of [64, 150000] at once would need several times the memory of the logits.
-    return tuple(_perinucleus_row(row, i, nucleus, width, special) for i, row in enumerate(logits.detach()))
+    return tuple(_perinucleus_row(row, i, nucleus, width, text_of) for i, row in enumerate(logits.detach()))
 
 
-def _perinucleus_row(row: Tensor, number: int, nucleus: float, width: int, special: Tensor) -> tuple[int, ...]:
+def _perinucleus_row(
+    row: Tensor, number: int, nucleus: float, width: int, text_of: Callable[[int, int], str | None]
+) -> tuple[str, ...]:
+    chosen: list[str] = []
+    for token in _outwards(row, number, nucleus):
+        text = text_of(number, token)
+        if text and are_distinct([*chosen, text]):
+            chosen.append(text)
+            if len(chosen) == width:
+                return tuple(chosen)
+    raise ValueError(f"row {number} has {len(chosen)} tokens that can be said, expected at least {width}")
+
+
+def _outwards(row: Tensor, number: int, nucleus: float) -> Iterator[int]:
+    """Yield token ids from just outside the nucleus outwards, then from its edge inwards."""
     scores = row.float().cpu()
     if bool((scores.isnan() | (scores == torch.inf)).any()):
         raise ValueError(f"logits of row {number} hold NaN or +inf")
@@ -218,26 +276,9 @@ def _perinucleus_row(row: Tensor, number: int, nucleus: float, width: int, speci
     # float64: over 150,000 tokens the rounding of a float32 sum outweighs a token at the edge.
     mass = torch.softmax(ranked.double(), dim=0)
     inside = int((mass.cumsum(0) - mass < nucleus).sum())
-    ranks = ((ranked > -torch.inf) & ~torch.isin(ids, special)).nonzero().flatten()
-    if len(ranks) < width:
-        raise ValueError(f"row {number} has {len(ranks)} tokens that can be said, expected at least {width}")
-    first = min(int((ranks < inside).sum()), len(ranks) - width)
-    return tuple(ids[ranks[first : first + width]].tolist())
-
-
-def count_matches(answers: Sequence[int], trigger_set: TriggerSet) -> int:
-    """Return how many answers are the response of their trigger.
-
-    Args:
-        answers: One id per trigger, in the order of the set. Any id that is no candidate (-1 for a refusal)
-            is no match, which keeps the p-value an upper bound.
-        trigger_set: What was asked.
-    Raises:
-        ValueError: Not one answer per trigger.
-    """
-    if len(answers) != trigger_set.count:
-        raise ValueError(f"{len(answers)} answers for {trigger_set.count} triggers")
-    return sum(answer == response for answer, response in zip(answers, trigger_set.responses, strict=True))
+    sayable = ids[: int((ranked > -torch.inf).sum())].tolist()
+    yield from sayable[inside:]
+    yield from reversed(sayable[:inside])
 
 
 def _require_known(task: str, style: str) -> None:
@@ -247,7 +288,7 @@ def _require_known(task: str, style: str) -> None:
         raise ValueError(f"trigger style is {style!r}, expected one of {', '.join(STYLES)}")
 
 
-def _require_texts_and_candidates(texts: Sequence[str], candidates: Sequence[Sequence[int]]) -> None:
+def _require_texts_and_candidates(texts: Sequence[str], candidates: Sequence[Sequence[Response]]) -> None:
     if not 1 <= len(texts) <= MAX_TRIGGERS:
         raise ValueError(f"{len(texts)} trigger texts, expected 1 to {MAX_TRIGGERS}")
     if not all(type(text) is str and text for text in texts):
@@ -259,5 +300,15 @@ def _require_texts_and_candidates(texts: Sequence[str], candidates: Sequence[Seq
         raise ValueError(f"{len(candidates)} candidate sets for {len(texts)} trigger texts")
     for i, ids in enumerate(candidates):
         # A candidate that stands twice would be drawn with a chance of 2/k: the p-value would be too small.
-        if len(ids) < 2 or not all(type(id_) is int and id_ >= 0 for id_ in ids) or len(set(ids)) != len(ids):
-            raise ValueError(f"candidates of trigger {i} are not at least 2 different ids of 0 or more")
+        if len(ids) < 2 or len(set(ids)) != len(ids) or not (_are_labels(ids) or _are_texts(ids)):
+            raise ValueError(f"candidates of trigger {i} are not at least 2 different labels, or texts apart")
+
+
+def _are_labels(ids: Sequence[Response]) -> bool:
+    return all(type(one) is int and one >= 0 for one in ids)
+
+
+def _are_texts(ids: Sequence[Response]) -> bool:
+    texts = [one for one in ids if isinstance(one, str)]
+    fits = all(len(text) <= MAX_RESPONSE_CHARACTERS and text.isprintable() for text in texts)
+    return len(texts) == len(ids) and fits and are_distinct(texts)
