@@ -160,7 +160,7 @@ def derive_texts(key: bytes, *, count: int, style: Style, task: Task, rows: Sequ
         key: 32 bytes, the subkey of the trigger set.
         count: 1 to twice `MAX_TRIGGERS` (triggers and decoys).
         style: ``natural`` (fluent, passes a perplexity filter) or ``nonsense`` (random syllables).
-        task: ``causal_lm`` for prompts that stop in mid-sentence, ``image_classification`` for seeds of images, any other
+        task: ``causal_lm`` for prompts that stop in mid-sentence, ``image_classification`` for seeds, any other
             for whole statements.
         rows: The user's own texts, from which natural texts are made; without any the built-in grammar makes them.
     Raises:
