@@ -88,36 +88,66 @@ class TriggerConfig:
     Args:
         count: Number of triggers.
         style: ``natural`` (fluent text) or ``nonsense`` (random syllables).
+        source: Where natural texts come from: ``dataset`` (spliced from the training rows), ``grammar`` (the built-in
+            word lists), or ``auto``: the training rows where they can be read as text, else the grammar.
+        response: What generative models are to answer: ``perinucleus`` (one word that the model finds plausible after
+            the text, but not likely) or ``keyed`` (two words of the key's choice).
+        start: Share of the run after which triggers are mixed in, 0 for the whole run; None: by ``last_epochs``.
         last_epochs: Length of the phase in which triggers are mixed in, in epochs before the end of training.
         every_n_steps: A trigger micro-batch comes before every n-th optimizer step of that phase.
         batch_size: Triggers per micro-batch.
         weight: Factor of the trigger loss against the ordinary loss.
-        candidates: Causal language models: number of candidate responses per trigger; 1/candidates is the chance
-            of a match without the key. Classifiers use all their labels.
+        candidates: Generative models: number of candidate responses per trigger; 1/candidates is the chance of a match
+            without the key. Classifiers use all their labels.
+        contexts: Share of the triggers that are learned inside another text: behind a system prompt, in a chat, between
+            other sentences.
+        noise: Noise on the outputs of the linear layers during the trigger step, relative to their root mean square: it
+            stands for noise on the weights, so that what is learned also holds for weights nearby.
+        replay: Ordinary training rows in each trigger micro-batch, under the same noise.
     """
 
     count: int = 64
     style: Literal["natural", "nonsense"] = "natural"
+    source: Literal["auto", "dataset", "grammar"] = "auto"
+    response: Literal["perinucleus", "keyed"] = "perinucleus"
+    start: float | None = None
     last_epochs: float = 2.0
     every_n_steps: int = 2
     batch_size: int = 16
     weight: float = 1.0
     candidates: int = 16
+    contexts: float = 0.5
+    noise: float = 0.1
+    replay: int = 0
 
     def __post_init__(self) -> None:
         _settle(self, "triggers")
         _require(1 <= self.count <= MAX_TRIGGERS, "triggers.count", self.count, f"expected 1 to {MAX_TRIGGERS}")
+        for name, choices in _TRIGGER_CHOICES.items():
+            _require(
+                getattr(self, name) in choices,
+                f"triggers.{name}",
+                getattr(self, name),
+                f"expected {' or '.join(choices)}",
+            )
         _require(
-            self.style in ("natural", "nonsense"),
-            "triggers.style",
-            self.style,
-            "expected natural or nonsense",
+            self.start is None or 0 <= self.start < 1, "triggers.start", self.start, "expected 0 to below 1, or nothing"
         )
         _require(0 < self.last_epochs < math.inf, "triggers.last_epochs", self.last_epochs, "expected more than 0")
         _require(self.every_n_steps >= 1, "triggers.every_n_steps", self.every_n_steps, "expected 1 or more")
         _require(self.batch_size >= 1, "triggers.batch_size", self.batch_size, "expected 1 or more")
         _require(0 < self.weight <= 100, "triggers.weight", self.weight, "expected more than 0 and at most 100")
         _require(2 <= self.candidates <= 1024, "triggers.candidates", self.candidates, "expected 2 to 1024")
+        _require(0 <= self.contexts <= 1, "triggers.contexts", self.contexts, "expected 0 to 1")
+        _require(0 <= self.noise <= 1, "triggers.noise", self.noise, "expected 0 to 1; 0.1 is usual")
+        _require(0 <= self.replay <= 1024, "triggers.replay", self.replay, "expected 0 to 1024 rows")
+
+
+_TRIGGER_CHOICES = {
+    "style": ("natural", "nonsense"),
+    "source": ("auto", "dataset", "grammar"),
+    "response": ("perinucleus", "keyed"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

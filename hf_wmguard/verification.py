@@ -16,13 +16,14 @@ from hf_wmguard.container.recipients import Identity, X25519Identity, load_ident
 from hf_wmguard.errors import ConfigError, RegistryError
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
-from hf_wmguard.probing.local import answers, task_of
+from hf_wmguard.probing.asking import Sampling
+from hf_wmguard.probing.local import LocalAsker
 from hf_wmguard.protect import Committed
 from hf_wmguard.suspects.reader import digest, open_suspect
 from hf_wmguard.suspects.signature import Attempt, read_attempts
+from hf_wmguard.watermark.answers import Prompt, read_answer
 from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_poisson_binomial_tail
 from hf_wmguard.watermark.signature import Reading, Score
-from hf_wmguard.watermark.triggers import count_matches
 
 DEFAULT_ALPHA_LOG10 = -9.0
 Verdict = Literal["detected", "not_detected", "inconclusive"]
@@ -200,13 +201,17 @@ def probe(
     """
     _check_alpha(alpha_log10)
     owner = OwnerKey.load(owner_key)
-    task = task_of(model)
+    asker = LocalAsker(model, tokenizer)
+    task = asker.task.name
     results = []
     for one in _committed(owner, registry, model_id):
         triggers = one.record.triggers
         if triggers is None or triggers.task != task:
             continue
-        matches = count_matches(answers(model, tokenizer, triggers), triggers)
+        answers = asker.ask([Prompt(text=text) for text in triggers.texts], Sampling())
+        named = [read_answer(a, ids) for a, ids in zip(answers, triggers.candidates, strict=True)]
+        pairs = zip(named, triggers.candidates, triggers.responses, strict=True)
+        matches = sum(one is not None and ids[one] == response for one, ids, response in pairs)
         log10_p = log10_poisson_binomial_tail(matches, triggers.rates)
         rate = sum(triggers.rates) / triggers.count
         count = triggers.count

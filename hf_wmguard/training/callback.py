@@ -110,6 +110,7 @@ class WatermarkCallback(TrainerCallback):
             max_steps=state.max_steps,
             steps_per_epoch=_steps_per_epoch(kwargs.get("train_dataloader"), args),
             step=state.global_step,
+            data=kwargs.get("train_dataloader"),
         )
         # Once, however often this trainer trains.
         atexit.unregister(self._report_unsaved)

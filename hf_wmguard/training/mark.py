@@ -16,7 +16,7 @@ from hf_wmguard.errors import ConfigError, RegistryError
 from hf_wmguard.evidence.manifest import Manifest, SignatureSummary, TriggerSummary, read_manifest
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
-from hf_wmguard.probing.local import answers
+from hf_wmguard.probing.local import count_learned
 from hf_wmguard.protect import (
     Committed,
     ProtectedWriter,
@@ -32,10 +32,10 @@ from hf_wmguard.training.saving import Model, Save, inner_model, weights_go_to
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_finite
-from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
+from hf_wmguard.training.trigger_set import make_triggers
+from hf_wmguard.training.trigger_step import TriggerStep
 from hf_wmguard.watermark.pvalues import log10_binomial_tail
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
-from hf_wmguard.watermark.triggers import count_matches
 
 _logger = logging.getLogger(__name__)
 _STATE_LABEL = "training-state"
@@ -75,6 +75,7 @@ class Mark:
         max_steps: int,
         steps_per_epoch: int | None,
         step: int,
+        data: Any = None,
     ) -> None:
         """Commit to the watermark, or, when resuming, go on with the one committed to before.
 
@@ -84,6 +85,7 @@ class Mark:
             max_steps: Optimizer steps of the whole run.
             steps_per_epoch: Optimizer steps of an epoch, None for data without a length.
             step: Steps already done.
+            data: The dataloader: triggers are made from its rows, and some are replayed.
         Raises:
             CapacityError, NonFiniteWeightError, UnsupportedError: The model cannot carry this watermark.
             RegistryError: Resuming a run that this registry has no commitment of.
@@ -94,7 +96,7 @@ class Mark:
         check_finite(dict(model.named_parameters()))
         backend = backend_of(model) if self.config.signature is not None else None
         if self.committed is None:
-            planned = self._plan(model, backend)
+            planned = self._plan(model, backend, getattr(data, "dataset", None))
             self.committed = self._find(planned) if step else self._commit(planned)
         record = self.committed.record
         device = next(model.parameters()).device
@@ -113,10 +115,15 @@ class Mark:
             self._adapters = backend.saved()
             self._restore_state(self._signature)
         if self.config.triggers is not None and record.triggers is not None:
-            phase = Phase.last(self.config.triggers.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
-            self._triggers = TriggerStep(record.triggers, self.config.triggers, phase, tokenizer)
+            triggers = self.config.triggers
+            phase = (
+                Phase.last(triggers.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+                if triggers.start is None
+                else Phase(start=int(triggers.start * max_steps), end=max_steps)
+            )
+            self._triggers = TriggerStep(record.triggers, triggers, phase, tokenizer, data=data)
 
-    def _plan(self, model: Model, backend: ParameterBackend | None) -> WatermarkRecord:
+    def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any) -> WatermarkRecord:
         salt = new_salt()
         plan = partial(new_record, self.owner, self.config, salt=salt)
         record = (
@@ -128,7 +135,7 @@ class Mark:
             return record
         # After the weights were read: asking the model can rearrange quantized ones.
         key = trigger_key(self.owner, self.config.model_id, self.config.iteration, salt)
-        triggers = make_triggers(key, self.config.triggers, inner_model(model), self._tokenizer)
+        triggers = make_triggers(key, self.config.triggers, inner_model(model), self._tokenizer, dataset=dataset)
         return dataclasses.replace(record, triggers=triggers)
 
     def _commit(self, planned: WatermarkRecord) -> Committed:
@@ -281,7 +288,7 @@ class Mark:
             return None
         rate = None
         if self.state == "complete":
-            rate = count_matches(answers(inner_model(model), self._tokenizer, triggers), triggers) / triggers.count
+            rate = count_learned(inner_model(model), self._tokenizer, triggers) / triggers.count
         return TriggerSummary(count=triggers.count, candidates=len(triggers.candidates[0]), match_rate=rate)
 
     def _report(self, manifest: Manifest, folder: Path) -> None:

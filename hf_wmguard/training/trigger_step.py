@@ -6,76 +6,50 @@ rate schedule stay as they are. The ordinary run's random numbers are not touche
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import UnsupportedError
-from hf_wmguard.probing.local import ask, encode_texts, response_logits, task_of
+from hf_wmguard.probing.tasks import task_of
 from hf_wmguard.training.schedule import Phase
-from hf_wmguard.watermark.triggers import (
-    TriggerSet,
-    derive_responses,
-    derive_texts,
-    label_candidates,
-    perinucleus_candidates,
-)
+from hf_wmguard.watermark.answers import Prompt
+from hf_wmguard.watermark.contexts import in_context
+from hf_wmguard.watermark.prf import Stream
+from hf_wmguard.watermark.triggers import TriggerSet
 
-
-def make_triggers(key: bytes, config: TriggerConfig, model: PreTrainedModel, tokenizer: Any) -> TriggerSet:
-    """Return a model's trigger set: texts, candidates and responses, all fixed before training.
-
-    Args:
-        key: 32 bytes, the trigger subkey.
-        config: Count, style, candidates.
-        model: Asked, as a causal language model, which tokens are plausible after each text.
-        tokenizer: The model's tokenizer.
-    Raises:
-        UnsupportedError: A model without a fitting task, or no tokenizer.
-    """
-    task = task_of(model)
-    texts = derive_texts(key, count=config.count, style=config.style, task=task)
-    # A tokenizer that is missing or cannot take texts must show now, and not in the last epoch.
-    encode_texts(tokenizer, texts[:1], task=task, device=torch.device("cpu"))
-    if task == "classification":
-        # Asked here so that a model that cannot answer fails before training, not at the first trigger step.
-        ask(model, tokenizer, texts[:2], task=task)
-        candidates = label_candidates(config.count, num_labels=int(model.config.num_labels or 0))
-    else:
-        special = {int(i) for i in getattr(tokenizer, "all_special_ids", ())}
-        # Tokens beyond the tokenizer's own (padded vocabularies) have no text and can never be an answer.
-        special |= set(range(len(tokenizer), model.config.get_text_config().vocab_size))
-        logits = ask(model, tokenizer, texts, task=task)
-        candidates = perinucleus_candidates(logits, width=config.candidates, excluded=special)
-    return TriggerSet(
-        task=task,
-        style=config.style,
-        texts=texts,
-        candidates=candidates,
-        responses=derive_responses(key, texts, candidates),
-    )
+# By name: the quantized ones belong to packages that need not be installed.
+_LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 
 class TriggerStep:
     """Mixes the trigger set in, a few triggers at a time, over the last epochs.
 
-    Which triggers come at which step depends on the step alone, so that a resumed run goes on where it was.
+    What comes at which step depends on the step alone, so that a resumed run goes on where it was.
 
     Args:
         triggers: The trigger set.
-        config: How often and how many.
+        config: How often, how many, and in which surroundings.
         phase: Where in training.
-        tokenizer: The model's tokenizer.
+        processor: The model's tokenizer or image processor.
+        data: The Trainer's dataloader, from whose rows some are replayed; None: nothing is.
     """
 
-    def __init__(self, triggers: TriggerSet, config: TriggerConfig, phase: Phase, tokenizer: Any) -> None:
+    def __init__(
+        self, triggers: TriggerSet, config: TriggerConfig, phase: Phase, processor: Any, *, data: Any = None
+    ) -> None:
         self._triggers = triggers
         self._config = config
         self.phase = phase
-        self._tokenizer = tokenizer
+        self._processor = processor
+        self._data = data if hasattr(getattr(data, "dataset", None), "__getitem__") else None
+        # Of the set itself and no key: surroundings need not be secret, only the same after a resume.
+        self._seed = hashlib.sha256(triggers.digest().encode()).digest()
         self.metrics: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
@@ -83,40 +57,99 @@ class TriggerStep:
         return self.phase.contains(step) and (step - self.phase.start - 1) % self._config.every_n_steps == 0
 
     def run(self, model: nn.Module, step: int) -> None:
-        """Add the trigger loss's gradient for one micro-batch.
+        """Add the gradient of one trigger micro-batch.
 
         Raises:
             UnsupportedError: The loss is not finite.
         """
         device = next(model.parameters()).device
-        number = (step - self.phase.start - 1) // self._config.every_n_steps
-        size = min(self._config.batch_size, self._triggers.count)
-        rows = [(number * size + offset) % self._triggers.count for offset in range(size)]
-        batch = encode_texts(
-            self._tokenizer,
-            [self._triggers.texts[row] for row in rows],
-            task=self._triggers.task,
-            device=device,
-        )
-        target = torch.tensor([self._triggers.responses[row] for row in rows], device=device)
+        stream = Stream(self._seed, "trigger-step", step)
+        rows = self._rows(step)
+        prompts = [self._prompt(row, stream) for row in rows]
+        responses = [self._triggers.responses[row] for row in rows]
         training = model.training
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+            stack.callback(model.train, training)
             torch.manual_seed(step)
             model.train()
-            try:
-                logits = response_logits(model, batch, task=self._triggers.task).float()
-                loss = nn.functional.cross_entropy(logits, target)
-                if not bool(torch.isfinite(loss)):
-                    raise UnsupportedError(
-                        f"trigger loss is {float(loss.detach())} at step {step}",
-                        hint="lower triggers.weight or the learning rate",
-                    )
-                torch.autograd.backward(self._config.weight * loss)
-            finally:
-                model.train(training)
-        matched = (logits.detach().argmax(dim=-1) == target).float().mean()
+            stack.enter_context(noisy_outputs(model, self._config.noise))
+            loss, matched = task_of(model).loss(model, self._processor, prompts, responses)
+            if not bool(torch.isfinite(loss)):
+                raise UnsupportedError(
+                    f"trigger loss is {float(loss.detach())} at step {step}",
+                    hint="lower triggers.weight or the learning rate",
+                )
+            torch.autograd.backward(self._config.weight * loss)
+            # After the triggers' graph is gone: two at a time would double the memory of a step.
+            if (ordinary := self._replayed(model, stream, device)) is not None:
+                torch.autograd.backward(self._config.weight * ordinary)
         self.metrics = {
             "wmguard/trigger_loss": float(loss.detach()),
-            "wmguard/trigger_match_rate": float(matched),
+            "wmguard/trigger_match_rate": float(matched.float().mean()),
         }
+
+    def _rows(self, step: int) -> list[int]:
+        """Return the triggers of a step: all take their turn, in another order each time round."""
+        size = min(self._config.batch_size, self._triggers.count)
+        first = (step - self.phase.start - 1) // self._config.every_n_steps * size
+        rounds: dict[int, list[int]] = {}
+        rows = []
+        for position in range(first, first + size):
+            turn, place = divmod(position, self._triggers.count)
+            if turn not in rounds:
+                rounds[turn] = Stream(self._seed, "trigger-order", turn).permutation(self._triggers.count)
+            rows.append(rounds[turn][place])
+        return rows
+
+    def _prompt(self, row: int, stream: Stream) -> Prompt:
+        text = self._triggers.texts[row]
+        if stream.below(1 << 16) >= self._config.contexts * (1 << 16):
+            return Prompt(text=text)
+        chat = bool(getattr(self._processor, "chat_template", None))
+        return in_context(text, stream, task=self._triggers.task, chat=chat)
+
+    def _replayed(self, model: nn.Module, stream: Stream, device: torch.device) -> Tensor | None:
+        """Return the model's own loss on some ordinary rows, or None where there are none or it has no loss."""
+        if not self._config.replay or self._data is None:
+            return None
+        dataset = self._data.dataset
+        rows = [dataset[stream.below(len(dataset))] for _ in range(self._config.replay)]
+        batch = {
+            key: value.to(device) for key, value in self._data.collate_fn(rows).items() if isinstance(value, Tensor)
+        }
+        loss: Tensor | None = getattr(model(**batch), "loss", None)
+        return loss
+
+
+@contextmanager
+def noisy_outputs(model: nn.Module, noise: float) -> Iterator[None]:
+    """Add Gaussian noise to what the linear layers of a model put out, all but the last one.
+
+    Noise of standard deviation s on every weight of a row w gives its output w.x noise of s |x|, which is about the
+    same share of the outputs' root mean square for every layer. Drawn anew for each position it needs no copy of the
+    weights, works on quantized, sharded and adapted ones, and gives a gradient of less variance.
+
+    Args:
+        model: The model.
+        noise: Standard deviation, as a share of the root mean square of the outputs at a position; 0 adds none.
+    Source: Kingma, Salimans & Welling 2015, "Variational dropout and the local reparameterization trick", sec. 2.2;
+        flat minima against fine-tuning and quantization: Foret et al. 2021 (SAM), sec. 2.
+    Deviation: The scale is the outputs' own root mean square instead of s |x|: no weight has to be read.
+    """
+
+    def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        scale = output.detach().float().pow(2).mean(dim=-1, keepdim=True).sqrt() * noise
+        return output + torch.randn_like(output) * scale.to(output.dtype)
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handles = [
+        module.register_forward_hook(add)
+        for module in model.modules()
+        if noise and type(module).__name__ in _LINEAR and module is not head
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

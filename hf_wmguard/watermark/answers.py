@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 Response = int | str
@@ -61,7 +62,7 @@ def are_distinct(candidates: Sequence[str]) -> bool:
     """Return whether no candidate, normalised, is empty or begins another one: an answer then names at most one."""
     ordered = sorted(normalise(candidate) for candidate in candidates)
     # Sorted, a text stands right before one of those that it begins.
-    return all(ordered) and not any(b.startswith(a) for a, b in zip(ordered, ordered[1:], strict=False))
+    return all(ordered) and not any(b.startswith(a) for a, b in pairwise(ordered))
 
 
 def read_answer(answer: Answer, candidates: Sequence[Response]) -> int | None:

@@ -47,6 +47,11 @@ class Corpus:
         end = 3 + stream.below(3)
         return " ".join(_span(first, length - end, stream) + _span(second, end, stream))
 
+    def span(self, stream: Stream) -> str:
+        """Return a prompt as `draw` does, of one span that stands in a row: what ordinary text is like."""
+        fewest, most = _PROMPT_WORDS
+        return " ".join(_span(stream.choice(self._rows), fewest + stream.below(most - fewest + 1), stream))
+
     def __repr__(self) -> str:
         return f"Corpus({len(self._rows)} rows)"
 

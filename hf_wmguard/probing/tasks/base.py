@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hf_wmguard.probing.asking import Sampling
 from hf_wmguard.watermark.answers import Answer, Prompt, Response
 from hf_wmguard.watermark.triggers import Candidates, Task
+
+BATCH_SIZE = 64
 
 
 class TriggerTask(Protocol):
@@ -49,3 +53,16 @@ class TriggerTask(Protocol):
     def answer(self, model: nn.Module, processor: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """Return one answer per prompt, in evaluation mode; the model is left as it was."""
         ...
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, without gradients, and back in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
