@@ -96,14 +96,14 @@ class TriggerSet:
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary that `from_json` reads. It is secret: store it encrypted."""
-        return {
+        value = {
             "task": self.task,
             "style": self.style,
             "texts": list(self.texts),
             "candidates": [list(ids) for ids in self.candidates],
             "responses": list(self.responses),
-            "decoys": list(self.decoys),
         }
+        return value | {"decoys": list(self.decoys)} if self.decoys else value
 
     @classmethod
     def from_json(cls, value: object) -> Self:
@@ -112,8 +112,9 @@ class TriggerSet:
         Raises:
             FormatError: A field is missing, unknown, of another type or impossible.
         """
+        # Sets recorded before there were decoys have none.
         fields = require_object(
-            value,
+            {"decoys": []} | value if isinstance(value, dict) else value,
             {
                 "task": (str,),
                 "style": (str,),
@@ -229,7 +230,7 @@ def _require_texts_and_candidates(texts: Sequence[str], candidates: Sequence[Seq
         raise ValueError(f"{len(candidates)} candidate sets for {len(texts)} trigger texts")
     for i, ids in enumerate(candidates):
         # A candidate that stands twice would be drawn with a chance of 2/k: the p-value would be too small.
-        if len(ids) < 2 or len(set(ids)) != len(ids) or not (_are_labels(ids) or _are_texts(ids)):
+        if len(ids) < 2 or not (_are_labels(ids) or _are_texts(ids)) or len(set(ids)) != len(ids):
             raise ValueError(f"candidates of trigger {i} are not at least 2 different labels, or texts apart")
 
 

@@ -24,11 +24,12 @@ from hf_wmguard.container.recipients import X25519Identity
 from hf_wmguard.evidence.manifest import SignatureSummary, TriggerSummary
 from hf_wmguard.keys import OwnerKey, write_key_pair
 from hf_wmguard.protect import ProtectedWriter, commit
+from hf_wmguard.watermark.candidates import label_candidates
 from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.planner import Mix
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.signature import CarrierKey, move_, read_projections, residual
-from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates
+from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts
 
 HERE = Path(__file__).parent
 KEYS = HERE / "keys"

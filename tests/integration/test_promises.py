@@ -29,9 +29,10 @@ from hf_wmguard.probing.local import answers
 from hf_wmguard.protect import Committed, commit, new_record, new_salt
 from hf_wmguard.suspects.reader import open_suspect, tile_reader
 from hf_wmguard.training.backends import WholeParameters
+from hf_wmguard.watermark.candidates import label_candidates
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.signature import read_signature
-from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates
+from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts
 
 NAMES = {"model_id": "acme/forged", "iteration": "1"}
 

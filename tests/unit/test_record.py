@@ -15,11 +15,12 @@ from hf_wmguard.canonical import canonical_json
 from hf_wmguard.errors import AuthenticationError, FormatError, NonFiniteWeightError
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.watermark.baseline import Baseline
+from hf_wmguard.watermark.candidates import label_candidates
 from hf_wmguard.watermark.carriers import Carrier
 from hf_wmguard.watermark.payload import MIN_CODE_BITS
 from hf_wmguard.watermark.planner import Mix
 from hf_wmguard.watermark.record import SALT_BYTES, SCHEME, WatermarkRecord, trigger_key
-from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts, label_candidates
+from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts
 
 OWNER = OwnerKey(bytes(range(32)))
 STRANGER = OwnerKey(bytes(range(1, 33)))
