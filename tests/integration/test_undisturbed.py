@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_wmguard.config import TriggerConfig
 from hf_wmguard.training.schedule import Phase
-from hf_wmguard.training.trigger_step import TriggerStep, make_triggers
+from hf_wmguard.training.trigger_set import make_triggers
+from hf_wmguard.training.trigger_step import TriggerStep
 
 
 def test_ordinary_steps_are_bit_identical(guarded: Run, plain: Run) -> None:
