@@ -51,7 +51,7 @@ def whole(blocks: Sequence[tuple[Sequence[int | None], int, int]]) -> float:
 
 def test_p_is_valid_at_the_best_moment_for_every_way_the_responses_can_fall() -> None:
     """Ville's inequality by enumeration: over all 4,096 responses of six triggers, the smallest p over time."""
-    transcript = [[0, 0], [1, None], [2, 3], [None], [0, 1], [3, 3, 3]]
+    transcript: list[list[int | None]] = [[0, 0], [1, None], [2, 3], [None], [0, 1], [3, 3, 3]]
     values = sorted(
         whole([(named, response, 4) for named, response in zip(transcript, responses, strict=True)])
         for responses in itertools.product(range(4), repeat=6)
