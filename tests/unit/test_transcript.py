@@ -139,7 +139,21 @@ def rewrite(path: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
         lambda lines: [lines[0], b"[" * 100_000, *lines[1:]],
         lambda lines: [],
     ],
-    ids="dropped swapped doubled headless ended-twice begun-twice answer plan report field empty deep nothing".split(),
+    ids=[
+        "dropped",
+        "swapped",
+        "doubled",
+        "headless",
+        "ended-twice",
+        "begun-twice",
+        "answer",
+        "plan",
+        "report",
+        "field",
+        "empty",
+        "deep",
+        "nothing",
+    ],
 )
 def test_any_change_is_refused(tmp_path: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
     path = write(tmp_path / "t")
