@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +18,6 @@ from hf_wmguard.cli.options import (
     RegistryOption,
 )
 from hf_wmguard.cli.output import err, print_report, question_progress
-from hf_wmguard.errors import ConfigError
 
 
 class Api(StrEnum):
@@ -83,7 +81,7 @@ def probe(
     from hf_wmguard.verification import probe as judge
 
     if (local is None) == (base_url is None) or (base_url is None) != (model is None):
-        raise ConfigError("whom to ask is not clear", hint="give --base-url and --model, or --local and neither")
+        raise typer.BadParameter("give --base-url and --model, or --local and neither")
     options: dict[str, Any] = {
         "owner_key": owner_key,
         "registry": registry,
@@ -115,7 +113,7 @@ def _server(base_url: str, model: str, *, logprobs: bool, concurrency: int, key_
     from hf_wmguard.probing.openai import OpenAIAsker
 
     asker = OpenAIAsker(base_url, model, api_key_env=key_env, logprobs=logprobs, concurrency=concurrency)
-    if os.environ.get(key_env):
+    if asker.sends_key:
         # The server may be the thief's, and the variable may hold a key for somebody else's.
         err.print(f"{asker.endpoint} is sent the key in {key_env}", markup=False, soft_wrap=True, highlight=False)
     return asker

@@ -12,6 +12,7 @@ import os
 import ssl
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
@@ -49,6 +50,11 @@ class OpenAIAsker:
         concurrency: Questions asked at once, 1 to `MAX_CONCURRENCY`. Answers come in order.
         max_retries: How often one question is asked again.
         timeout_s: How long a server may be silent.
+    Attributes:
+        endpoint: The URL as it is stored and shown.
+        model: Name of the model.
+        at_once: Questions asked at once.
+        sends_key: Whether the server is sent the API key.
     Raises:
         ConfigError: The URL is none, the key cannot stand in a header, or a number is out of range.
         MissingDependencyError: The package ``openai`` is missing.
@@ -76,6 +82,7 @@ class OpenAIAsker:
         self._length = "max_tokens"
         self._key = _read_key(api_key_env)
         self._key_env = api_key_env
+        self.sends_key = bool(self._key) and urlsplit(base_url).username is None
         self._client = _make_client(base_url, self._key, max_retries=max_retries, timeout_s=timeout_s)
 
     def __repr__(self) -> str:
@@ -164,7 +171,10 @@ class OpenAIAsker:
                 f"{self.endpoint} answered without choices: {said}",
                 hint="this is no OpenAI-compatible API of this kind: check --base-url and --api",
             )
-        return _answer_in(choices[0], chat=chat)
+        answer = _answer_in(choices[0], chat=chat)
+        # A server that says the key it was sent must not write it into a transcript.
+        ranked = tuple(self._without_key(token) for token in answer.ranked)
+        return replace(answer, text=self._without_key(answer.text), ranked=ranked)
 
     def _fault(self, error: Exception) -> EndpointError:
         """Return one of ours for an error of the client: what happened, and what to do."""
@@ -205,9 +215,10 @@ class OpenAIAsker:
         return "the server does not take this request: check --model, --api, --temperature and --system"
 
     def _quoted(self, text: str) -> str:
-        if self._key:
-            text = text.replace(self._key, "<API key>")
-        return ascii(" ".join(text.split())[:_QUOTED])
+        return ascii(" ".join(self._without_key(text).split())[:_QUOTED])
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "<API key>") if self._key else text
 
 
 class _Call:
