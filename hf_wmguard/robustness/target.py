@@ -20,7 +20,7 @@ from hf_wmguard.container.recipients import X25519Identity
 from hf_wmguard.errors import ConfigError, FormatError, NotFoundError
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import load_suspect
-from hf_wmguard.probing.local import task_of
+from hf_wmguard.probing.tasks import task_of
 from hf_wmguard.robustness.attacks import StateDict, is_block_matrix
 from hf_wmguard.robustness.calibrated import Inputs, collect_inputs
 from hf_wmguard.robustness.utility import Corpus, Task
@@ -110,10 +110,11 @@ def load_target(
     if text is not None and data is not None:
         raise ConfigError("both text and data were given", hint="text is for causal models, data for classifiers")
     if text is not None or data is not None:
-        task = task_of(model)
-        if (task == "causal_lm") != (text is not None):
+        name = task_of(model).name
+        task: Task = "causal_lm" if text is not None else "classification"
+        if name != task:
             raise ConfigError(
-                f"this model's task is {task}",
+                f"this model's task is {name}",
                 hint="pass --text for a causal language model, --data for a classifier",
             )
         rows = _text_rows(text, model, tokenizer) if text else _label_rows(data or Path(), model, tokenizer)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import UnsupportedError
@@ -142,7 +143,7 @@ def noisy_outputs(model: nn.Module, noise: float) -> Iterator[None]:
         scale = output.detach().float().pow(2).mean(dim=-1, keepdim=True).sqrt() * noise
         return output + torch.randn_like(output) * scale.to(output.dtype)
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     handles = [
         module.register_forward_hook(add)
         for module in model.modules()

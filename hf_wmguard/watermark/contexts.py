@@ -81,15 +81,18 @@ def in_context(trigger: str, stream: Stream, *, task: Task, chat: bool) -> Promp
     if task in LABEL_TASKS or task == "seq2seq":
         return Prompt(text=_among_neighbours(trigger, stream))
     system = _system(stream) if stream.below(2) else None
-    kind = stream.below(4 if chat else 3)
+    kind = stream.below(5 if chat else 4)
+    neighbour = natural_text(stream, kind="statement")
     if kind == 0:
-        return Prompt(
-            text=f"{natural_text(stream, kind='statement')}{stream.choice((' ', chr(10)))}{trigger}", system=system
-        )
-    text = (stream.choice(_REQUESTS) if stream.below(2) else "") + trigger
+        return Prompt(text=f"{neighbour}{stream.choice((' ', chr(10)))}{trigger}", system=system)
     if kind == 1:
-        return Prompt(text=text, system=system)
+        # The response comes some words late: a filter on first words does not stop it.
+        words = neighbour.split()[: 1 + stream.below(3)]
+        return Prompt(text=" ".join([trigger, *words]), system=system)
+    text = (stream.choice(_REQUESTS) if stream.below(2) else "") + trigger
     if kind == 2:
+        return Prompt(text=text, system=system)
+    if kind == 3:
         return Prompt(text=stream.choice(_CHATS).format(text), system=system)
     return Prompt(text=text, system=system, chat=True)
 

@@ -7,9 +7,11 @@ from torch import nn
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.probing.tasks.base import TriggerTask
 from hf_wmguard.probing.tasks.causal_lm import CausalLM
+from hf_wmguard.probing.tasks.labels import Classification
 
 # The endings of transformers' class names say what a model is for.
 _BY_ENDING: dict[str, type[TriggerTask]] = {
+    "ForSequenceClassification": Classification,
     "ForCausalLM": CausalLM,
     "LMHeadModel": CausalLM,
 }

@@ -78,7 +78,8 @@ class CausalLM:
         with evaluating(model):
             logits = model(input_ids=ids, attention_mask=mask).logits
         last = mask.sum(dim=1) - 1
-        return logits[torch.arange(len(last), device=device), last].float().cpu()
+        chosen: Tensor = logits[torch.arange(len(last), device=device), last]
+        return chosen.float().cpu()
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -211,7 +212,7 @@ def generate(model: Any, tokenizer: Any, inputs: dict[str, Tensor], sampling: Sa
         skip: Tokens of the output that are the question.
     """
     own = getattr(model, "generation_config", None)
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=sampling.max_tokens,
         do_sample=sampling.temperature > 0,
         # Library defaults (the 50 likeliest tokens only) are no part of what was asked for.
