@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hf_wmguard.probing.tasks.causal_lm import surprise
 
 HELD_OUT_SHARE = 0.05
 """The end of tinyshakespeare, of which no model was trained on a word."""
-PER_LENGTH = 200
+PER_LENGTH = 100
 BAND = (0.05, 0.95)
 
 
@@ -26,34 +25,34 @@ def ordinary_prompts(shared: Path, words: int, *, count: int = PER_LENGTH) -> li
     return [" ".join(held_out[start : start + words]) for start in starts]
 
 
-def share_inside(judge: Any, tokenizer: Any, texts: Sequence[str], shared: Path) -> dict[str, Any]:
+def shares_inside(
+    judge: Any, tokenizer: Any, kinds: Mapping[str, Sequence[str]], shared: Path
+) -> dict[str, dict[str, Any]]:
     """Return which texts have a perplexity between the 5th and 95th percentile of ordinary prompts as long.
 
     Args:
-        judge: A language model that has not seen the texts.
+        judge: A language model.
         tokenizer: Its tokenizer.
-        texts: The keys.
+        kinds: Texts by what they are.
         shared: Folder with ``data/``.
     Returns:
-        ``inside``, ``above`` and ``below``: shares; ``perplexities`` of the texts; ``band``: percentiles by words.
+        For each kind shares ``inside``, ``above`` and ``below``; ``perplexities``, and the ``limits`` of each.
     """
-    by_length = defaultdict(list)
-    for text in texts:
-        by_length[len(text.split())].append(text)
-    limits, perplexities = {}, []
-    above = below = 0
-    for words, some in sorted(by_length.items()):
+    lengths = sorted({len(text.split()) for texts in kinds.values() for text in texts})
+    bands = {}
+    for words in lengths:
         ordinary = surprise(judge, tokenizer, ordinary_prompts(shared, words))
-        low, high = ordinary.quantile(torch.tensor(BAND, dtype=ordinary.dtype)).tolist()
-        each = surprise(judge, tokenizer, some)
-        above, below = above + int((each > high).sum()), below + int((each < low).sum())
-        limits[words] = [round(value, 1) for value in torch.tensor([low, high]).exp().tolist()]
-        perplexities += [round(value, 1) for value in each.exp().tolist()]
-    count = len(texts)
-    return {
-        "inside": 1 - (above + below) / count,
-        "above": above / count,
-        "below": below / count,
-        "perplexities": perplexities,
-        "band": limits,
-    }
+        bands[words] = ordinary.quantile(torch.tensor(BAND, dtype=ordinary.dtype))
+    found = {}
+    for kind, texts in kinds.items():
+        each = surprise(judge, tokenizer, texts)
+        limits = torch.stack([bands[len(text.split())] for text in texts])
+        above, below = each > limits[:, 1], each < limits[:, 0]
+        found[kind] = {
+            "inside": float((~above & ~below).double().mean()),
+            "above": float(above.double().mean()),
+            "below": float(below.double().mean()),
+            "perplexities": [round(value, 1) for value in each.exp().tolist()],
+            "limits": [[round(value, 1) for value in pair] for pair in limits.exp().tolist()],
+        }
+    return found

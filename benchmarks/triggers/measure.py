@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from hf_wmguard.probing import session
 from hf_wmguard.probing.asking import Sampling
 from hf_wmguard.probing.local import LocalAsker
+from hf_wmguard.probing.plan import Plan
 from hf_wmguard.watermark.answers import Answer, Prompt
 from hf_wmguard.watermark.triggers import TriggerSet
 
@@ -93,13 +94,13 @@ def probe_model(model: Any, tokenizer: Any, triggers: TriggerSet, serving: Servi
     torch.manual_seed(0)
     answers = answers_of(model, tokenizer, [*triggers.texts, *triggers.decoys], serving)
     common = {"tries": serving.tries, "alpha_log10": ALPHA_LOG10}
-    everything = session.run(Replay(answers), [triggers], session.Plan(method="fixed", decoys=False, **common))
+    everything = session.run(Replay(answers), [triggers], Plan(method="fixed", decoys=False, **common))
     fixed = everything.results[0]
     curve: list[float] = []
     stopped = session.run(
         Replay(answers),
         [triggers],
-        session.Plan(method="sequential", budget=BUDGET, **common),
+        Plan(method="sequential", budget=BUDGET, **common),
         progress=lambda done, planned, log10_p: curve.append(round(log10_p or 0.0, 2)),
     )
     sequential = stopped.results[0]

@@ -217,14 +217,10 @@ def _fluency(cell: Cell, target: Target, settings: Settings) -> dict[str, Any]:
         label: derive_texts(secrets.token_bytes(32), count=COUNT, style=style, task="causal_lm")
         for label, style in (("grammar", "natural"), ("nonsense", "nonsense"))
     }
+    kinds = {kind: some for kind, some in texts.items() if some}
     return {
         "fluency": {
-            judge: {
-                kind: fluency.share_inside(model, tokenizer, some, settings.shared)
-                for kind, some in texts.items()
-                if some
-            }
-            for judge, model in judges.items()
+            judge: fluency.shares_inside(model, tokenizer, kinds, settings.shared) for judge, model in judges.items()
         }
     }
 

@@ -18,8 +18,8 @@ GREEDY = Sampling()
 ALPHA_LOG10 = -9.0
 BUDGET = 128
 """Queries within which a sequential probe must come to its decision."""
-ELSEWHERE_ROWS = {"llama": 640, "minilm": 1_600}
-"""Rows of a fine-tuning: windows of 128 tokens, twice the owner's own; glosses of 24 tokens, as many as the owner's."""
+ELSEWHERE_ROWS = {"llama": 320, "minilm": 800}
+"""Rows of a fine-tuning: windows of 128 tokens, as many as the owner's own; glosses of 24 tokens, half as many."""
 ELSEWHERE_SEED = 1_000_003
 _LABELS_SEED = 7
 

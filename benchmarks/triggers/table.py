@@ -238,9 +238,7 @@ def _summary(found: Sequence[Result]) -> str:
 
 def utilities(grid: Grid) -> Iterable[str]:
     """Yield the table of what the mark costs: the change against the twin of the same seed, positive where it loses."""
-    yield (
-        "| model | seed | unmarked | signature | signature and triggers | triggers to unmarked | to signature |"
-    )
+    yield ("| model | seed | unmarked | signature | signature and triggers | triggers to unmarked | to signature |")
     yield "| --- | --: | --: | --: | --: | --: | --: |"
     for model in grid.models:
         task = TASKS[model]
