@@ -96,7 +96,7 @@ class TriggerConfig:
         last_epochs: Length of the phase in which triggers are mixed in, in epochs before the end of training.
         every_n_steps: A trigger micro-batch comes before every n-th optimizer step of that phase.
         batch_size: Triggers per micro-batch.
-        weight: Factor of the trigger loss against the ordinary loss.
+        weight: Largest norm of the triggers' gradient, as a share of the norm that the Trainer clips gradients to.
         candidates: Generative models: number of candidate responses per trigger; 1/candidates is the chance of a match
             without the key. Classifiers use all their labels.
         contexts: Share of the triggers that are learned inside another text: behind a system prompt, in a chat, between

@@ -111,6 +111,7 @@ class WatermarkCallback(TrainerCallback):
             steps_per_epoch=_steps_per_epoch(kwargs.get("train_dataloader"), args),
             step=state.global_step,
             data=kwargs.get("train_dataloader"),
+            max_grad_norm=args.max_grad_norm or 0.0,
         )
         # Once, however often this trainer trains.
         atexit.unregister(self._report_unsaved)

@@ -76,6 +76,7 @@ class Mark:
         steps_per_epoch: int | None,
         step: int,
         data: Any = None,
+        max_grad_norm: float = 1.0,
     ) -> None:
         """Commit to the watermark, or, when resuming, go on with the one committed to before.
 
@@ -86,6 +87,7 @@ class Mark:
             steps_per_epoch: Optimizer steps of an epoch, None for data without a length.
             step: Steps already done.
             data: The dataloader: triggers are made from its rows, and some are replayed.
+            max_grad_norm: What the trainer clips gradients to, 0 where it does not.
         Raises:
             CapacityError, NonFiniteWeightError, UnsupportedError: The model cannot carry this watermark.
             RegistryError: Resuming a run that this registry has no commitment of.
@@ -121,7 +123,9 @@ class Mark:
                 if triggers.start is None
                 else Phase(start=int(triggers.start * max_steps), end=max_steps)
             )
-            self._triggers = TriggerStep(record.triggers, triggers, phase, tokenizer, data=data)
+            self._triggers = TriggerStep(
+                record.triggers, triggers, phase, tokenizer, data=data, max_grad_norm=max_grad_norm
+            )
 
     def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any) -> WatermarkRecord:
         salt = new_salt()

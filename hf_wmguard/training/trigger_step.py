@@ -39,16 +39,25 @@ class TriggerStep:
         phase: Where in training.
         processor: The model's tokenizer or image processor.
         data: The Trainer's dataloader, from whose rows some are replayed; None: nothing is.
+        max_grad_norm: Norm that the Trainer clips gradients to; 0: it does not.
     """
 
     def __init__(
-        self, triggers: TriggerSet, config: TriggerConfig, phase: Phase, processor: Any, *, data: Any = None
+        self,
+        triggers: TriggerSet,
+        config: TriggerConfig,
+        phase: Phase,
+        processor: Any,
+        *,
+        data: Any = None,
+        max_grad_norm: float = 1.0,
     ) -> None:
         self._triggers = triggers
         self._config = config
         self.phase = phase
         self._processor = processor
         self._data = data if hasattr(getattr(data, "dataset", None), "__getitem__") else None
+        self._largest = config.weight * (max_grad_norm or 1.0)
         # Of the set itself and no key: surroundings need not be secret, only the same after a resume.
         self._seed = hashlib.sha256(triggers.digest().encode()).digest()
         self.metrics: dict[str, float] = {}
@@ -58,7 +67,7 @@ class TriggerStep:
         return self.phase.contains(step) and (step - self.phase.start - 1) % self._config.every_n_steps == 0
 
     def run(self, model: nn.Module, step: int) -> None:
-        """Add the gradient of one trigger micro-batch.
+        """Make the gradient of one trigger micro-batch. It comes first in a step: there is none yet.
 
         Raises:
             UnsupportedError: The loss is not finite.
@@ -81,10 +90,11 @@ class TriggerStep:
                     f"trigger loss is {float(loss.detach())} at step {step}",
                     hint="lower triggers.weight or the learning rate",
                 )
-            torch.autograd.backward(self._config.weight * loss)
+            torch.autograd.backward(loss)
             # After the triggers' graph is gone: two at a time would double the memory of a step.
             if (ordinary := self._replayed(model, stream, device)) is not None:
-                torch.autograd.backward(self._config.weight * ordinary)
+                torch.autograd.backward(ordinary)
+        keep_gradients_small(model, self._largest)
         self.metrics = {
             "wmguard/trigger_loss": float(loss.detach()),
             "wmguard/trigger_match_rate": float(matched.float().mean()),
@@ -123,6 +133,36 @@ class TriggerStep:
         return loss
 
 
+@torch.no_grad()
+def keep_gradients_small(model: nn.Module, largest: float) -> None:
+    """Keep a gradient to the matrices of the blocks, and its norm to a bound.
+
+    Embeddings, output layers, norms and biases act on every text: a response that is learned there is said everywhere.
+    And a step that is clipped as a whole would take from the ordinary gradient what the triggers add.
+
+    Args:
+        model: The model, with no other gradient than this.
+        largest: The norm's bound.
+    """
+    shared = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = output_layer(model)
+    everywhere = {id(p) for module in [*shared, *([head] if head is not None else [])] for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.grad is not None]
+    blocks = [p for p in trained if p.ndim > 1 and id(p) not in everywhere]
+    kept = {id(p) for p in blocks or trained}
+    for parameter in trained:
+        if id(parameter) not in kept:
+            parameter.grad = None
+    nn.utils.clip_grad_norm_(blocks or trained, largest)
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Return the layer that gives a language model's logits, or None."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    return model.get_output_embeddings()  # type: ignore[no-untyped-call,no-any-return]
+
+
 @contextmanager
 def noisy_outputs(model: nn.Module, noise: float) -> Iterator[None]:
     """Add Gaussian noise to what the linear layers of a model put out, all but the last one.
@@ -143,7 +183,7 @@ def noisy_outputs(model: nn.Module, noise: float) -> Iterator[None]:
         scale = output.detach().float().pow(2).mean(dim=-1, keepdim=True).sqrt() * noise
         return output + torch.randn_like(output) * scale.to(output.dtype)
 
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    head = output_layer(model)
     handles = [
         module.register_forward_hook(add)
         for module in model.modules()

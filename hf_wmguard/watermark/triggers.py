@@ -27,6 +27,7 @@ from hf_wmguard.canonical import canonical_json, require_object
 from hf_wmguard.errors import FormatError
 from hf_wmguard.watermark.answers import Response, are_distinct
 from hf_wmguard.watermark.corpus import Corpus
+from hf_wmguard.watermark.images import SEED_BYTES
 from hf_wmguard.watermark.phrases import Kind, natural_text, nonsense_text
 from hf_wmguard.watermark.prf import Stream
 
@@ -40,7 +41,6 @@ TEXT_TASKS: Final[tuple[TextTask, ...]] = get_args(TextTask)
 TASKS: Final[tuple[Task, ...]] = (*LABEL_TASKS, *TEXT_TASKS)
 MAX_TRIGGERS: Final = 4096
 MAX_RESPONSE_CHARACTERS: Final = 200
-SEED_BYTES: Final = 16
 _MAX_DRAWS: Final = 100
 Candidates = tuple[tuple[Response, ...], ...]
 
