@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from hf_wmguard.embedding import Embedded, embed, embed_folder
     from hf_wmguard.errors import WmguardError
     from hf_wmguard.loading import load_protected
+    from hf_wmguard.reports import Report
     from hf_wmguard.training import WatermarkCallback, protect_trainer
-    from hf_wmguard.verification import Report, probe, verify
+    from hf_wmguard.verification import probe, verify
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Embedded": "hf_wmguard.embedding",
     "ProtectionConfig": "hf_wmguard.config",
-    "Report": "hf_wmguard.verification",
+    "Report": "hf_wmguard.reports",
     "SignatureConfig": "hf_wmguard.config",
     "TriggerConfig": "hf_wmguard.config",
     "WatermarkCallback": "hf_wmguard.training",

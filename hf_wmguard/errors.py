@@ -12,10 +12,12 @@
     │   ├── FormatError                 3   a file that is not well formed
     │   ├── ManifestError               3   a manifest that does not match its signature or its files
     │   ├── RegistryError               3   a registry that was cut, edited or belongs to another owner
+    │   ├── TranscriptError             3   a transcript of a probe that was cut, edited or signed by another
     │   ├── OwnershipError              3   a folder that holds somebody else's protected model
     │   └── NonFiniteWeightError        3   NaN or Inf in a weight
     └── EnvironmentFault                4   something outside is missing
         ├── NotFoundError               4   a file or folder
+        ├── EndpointError               4   an API that cannot be asked, or not any more
         ├── UnsavedRunError             4   a marked model that was never saved
         └── MissingDependencyError      4   a package
 
@@ -28,6 +30,7 @@ __all__ = [
     "AuthenticationError",
     "CapacityError",
     "ConfigError",
+    "EndpointError",
     "EnvironmentFault",
     "FormatError",
     "IntegrityError",
@@ -39,6 +42,7 @@ __all__ = [
     "NotFoundError",
     "OwnershipError",
     "RegistryError",
+    "TranscriptError",
     "UnsavedRunError",
     "UnsupportedError",
     "UsageError",
@@ -113,6 +117,10 @@ class RegistryError(IntegrityError):
     """A registry that was cut, edited or belongs to another owner."""
 
 
+class TranscriptError(IntegrityError):
+    """A transcript of a probe that was cut, edited, reordered or signed by another."""
+
+
 class OwnershipError(IntegrityError):
     """A folder that holds somebody else's protected model."""
 
@@ -129,6 +137,10 @@ class EnvironmentFault(WmguardError):
 
 class NotFoundError(EnvironmentFault):
     """A file or a folder is missing."""
+
+
+class EndpointError(EnvironmentFault):
+    """An API that cannot be asked, or not any more."""
 
 
 class UnsavedRunError(EnvironmentFault):

@@ -3,117 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from hf_wmguard.container.recipients import Identity, X25519Identity, load_identity
 from hf_wmguard.errors import ConfigError, RegistryError
+from hf_wmguard.evidence.recording import Transcript
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
-from hf_wmguard.probing.asking import Sampling
+from hf_wmguard.probing.asking import Asker, Sampling
+from hf_wmguard.probing.calling import CallableAsker
 from hf_wmguard.probing.local import LocalAsker
+from hf_wmguard.probing.openai import OpenAIAsker
+from hf_wmguard.probing.plan import Plan
+from hf_wmguard.probing.session import Outcome, Progress, SetResult, run
 from hf_wmguard.protect import Committed
+from hf_wmguard.reports import Method, Report, SignatureResult, TriggerResult, Verdict
 from hf_wmguard.suspects.reader import digest, open_suspect
 from hf_wmguard.suspects.signature import Attempt, read_attempts
-from hf_wmguard.watermark.answers import Prompt, read_answer
-from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_poisson_binomial_tail
+from hf_wmguard.watermark.pvalues import log10_bonferroni
 from hf_wmguard.watermark.signature import Reading, Score
+from hf_wmguard.watermark.triggers import TEXT_TASKS, TriggerSet
 
 DEFAULT_ALPHA_LOG10 = -9.0
-Verdict = Literal["detected", "not_detected", "inconclusive"]
+DEFAULT_BUDGET = 256
 Source = str | Path | Mapping[str, Tensor] | nn.Module
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignatureResult:
-    """What the weights say.
-
-    Args:
-        log10_p: Upper bound of the p-value of this one test, before correction for several.
-        correlation: -1 to 1; 1 right after embedding, about 0 without the mark.
-        projections: Projections read.
-        bit_error_rate: Share of wrong code bits before error correction, 0 to 1.
-        payload: Hex of what the code bits decode to.
-        payload_decoded: Whether that is the committed payload.
-        carriers_read: Carriers found in the suspect.
-        carriers_missing: Carriers not found, of another shape or not finite.
-        bytes_read: Bytes of weights read.
-        alignment: What was undone before reading: ``none``, ``norms`` (scaled rows and columns), or how the suspect was
-            aligned with the original.
-    """
-
-    log10_p: float
-    correlation: float
-    projections: int
-    bit_error_rate: float
-    payload: str
-    payload_decoded: bool
-    carriers_read: int
-    carriers_missing: int
-    bytes_read: int
-    alignment: str = "none"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TriggerResult:
-    """What the behaviour says.
-
-    Args:
-        log10_p: Exact p-value of this one test, before correction for several.
-        matches: Triggers answered with the committed response.
-        asked: Triggers asked.
-        null_rate: Mean chance of a match without the key.
-        queries: Queries made.
-    """
-
-    log10_p: float
-    matches: int
-    asked: int
-    null_rate: float
-    queries: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A verdict and what it rests on.
-
-    Args:
-        verdict: ``detected`` where ``log10_p <= alpha_log10``, ``inconclusive`` where too little could be read.
-        log10_p: Upper bound of the p-value, corrected for every commitment that was tried.
-        alpha_log10: The level of the verdict.
-        tests_corrected_for: Number of tests in the correction: every commitment, alignment and weighting of the steps.
-        model_id: Model of the best matching commitment.
-        iteration: Its iteration.
-        slot: Its slot.
-        signature: What the weights say, None where they were not asked.
-        triggers: What the behaviour says, None where it was not asked.
-        commitment: Time and hash of the registry entry made before training; whether it bears a timestamp.
-        suspect: Where it was read, and the SHA-256 over its weight files (None in memory).
-        reason: Why the verdict is ``inconclusive``, in words; None otherwise.
-    """
-
-    verdict: Verdict
-    log10_p: float
-    alpha_log10: float
-    tests_corrected_for: int
-    model_id: str
-    iteration: str
-    slot: int
-    signature: SignatureResult | None
-    triggers: TriggerResult | None
-    commitment: dict[str, Any]
-    suspect: dict[str, str | None] = field(default_factory=dict)
-    reason: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as ``--json`` prints it."""
-        return asdict(self)
 
 
 def verify(
@@ -176,59 +95,159 @@ def verify(
 
 
 def probe(
-    model: nn.Module,
-    tokenizer: Any,
+    suspect: nn.Module | Asker | Callable[[str], str | None],
+    tokenizer: Any = None,
     *,
     owner_key: str,
     registry: str | Path,
     model_id: str | None = None,
     alpha_log10: float = DEFAULT_ALPHA_LOG10,
+    method: Method | None = None,
+    tries: int = 1,
+    budget: int | None = None,
+    decoys: bool | None = None,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    chat: bool | None = None,
+    transcript: str | Path | None = None,
+    progress: Progress | None = None,
     uri: str | None = None,
 ) -> Report:
-    """Judge a suspect by its answers to the trigger sets, with a model in this process.
+    """Judge a suspect by its answers to the trigger sets.
 
     Args:
-        model: A sequence classifier or a causal language model.
-        tokenizer: Its tokenizer.
+        suspect: A model in this process, an `Asker` (`OpenAIAsker` for an API), or a function from a text to a text.
+        tokenizer: The tokenizer or image processor of a model in this process.
         owner_key: Reference to the owner key.
         registry: The owner's registry.
         model_id: Only this model's commitments; all of them by default, which the p-value is corrected for.
         alpha_log10: Level of the verdict, log10.
-        uri: Where the model came from, for the report.
+        method: ``fixed`` or ``sequential`` (see `Plan`); by default fixed for a model in this process.
+        tries: How often each trigger is asked.
+        budget: The most questions that are asked; by default `DEFAULT_BUDGET`, of a model in this process all.
+        decoys: Ask decoys among the triggers; by default of everything but a model in this process.
+        sampling: How the suspect chooses its words; greedy by default.
+        system: A system prompt before every question.
+        chat: Ask as the user in a chat; by default of an `OpenAIAsker` only.
+        transcript: File that every answer is written to, and the signed report at the end. One that is there and not
+            finished is gone on with.
+        progress: See `hf_wmguard.probing.session.run`.
+        uri: Where the suspect is, for the report.
     Raises:
-        RegistryError: The registry holds no commitment with a trigger set.
-        AuthenticationError: The owner key is not the registry's.
+        RegistryError: The registry holds no commitment with a trigger set for this kind of suspect.
+        AuthenticationError: The owner key is not the registry's, or not the transcript's.
+        ConfigError: An argument is out of range, or the transcript was begun with others.
+        TranscriptError: The transcript was changed.
+        EndpointError: The suspect answered nothing at all. Where it stops answering later, that is in the report.
     """
     _check_alpha(alpha_log10)
     owner = OwnerKey.load(owner_key)
-    asker = LocalAsker(model, tokenizer)
-    task = asker.task.name
-    results = []
-    for one in _committed(owner, registry, model_id):
-        triggers = one.record.triggers
-        if triggers is None or triggers.task != task:
-            continue
-        answers = asker.ask([Prompt(text=text) for text in triggers.texts], Sampling())
-        named = [read_answer(a, ids) for a, ids in zip(answers, triggers.candidates, strict=True)]
-        pairs = zip(named, triggers.candidates, triggers.responses, strict=True)
-        matches = sum(one is not None and ids[one] == response for one, ids, response in pairs)
-        log10_p = log10_poisson_binomial_tail(matches, triggers.rates)
-        rate = sum(triggers.rates) / triggers.count
-        count = triggers.count
-        results.append(
-            (one, TriggerResult(log10_p=log10_p, matches=matches, asked=count, null_rate=rate, queries=count))
+    asker, is_local = _asker_of(suspect, tokenizer)
+    plan = Plan(
+        method=method or ("fixed" if is_local else "sequential"),
+        tries=tries,
+        budget=DEFAULT_BUDGET if budget is None and not is_local else budget,
+        decoys=not is_local if decoys is None else decoys,
+        sampling=sampling or Sampling(),
+        system=system,
+        chat=isinstance(asker, OpenAIAsker) if chat is None else chat,
+        alpha_log10=alpha_log10,
+    )
+    tried = _with_triggers(_committed(owner, registry, model_id), asker, registry)
+    about = _about(suspect, asker, uri)
+    with ExitStack() as stack:
+        written = None
+        if transcript is not None:
+            fixed = {"owner": owner.key_id(), "commitments": [one.entry.hash for one, _ in tried], "suspect": about}
+            written = stack.enter_context(Transcript(Path(transcript), {**fixed, **plan.to_json()}, owner))
+        sets = [triggers for _, triggers in tried]
+        outcome = run(asker, sets, plan, transcript=written, may_be_canned=not is_local, progress=progress)
+        best = min(range(len(tried)), key=lambda i: outcome.results[i].log10_p)
+        report = _report(
+            tried[best][0],
+            len(tried),
+            alpha_log10,
+            lacking=_unanswered(outcome, plan, len(tried), transcript),
+            triggers=_trigger_result(outcome, outcome.results[best], plan),
+            suspect=about,
         )
-    if not results:
+        if written is not None and outcome.queries and outcome.fault is None:
+            written.finish(report.to_json())
+    return report
+
+
+def _asker_of(suspect: Any, tokenizer: Any) -> tuple[Asker, bool]:
+    """Return whom to ask, and whether it is a model in this process."""
+    if isinstance(suspect, nn.Module):
+        return LocalAsker(suspect, tokenizer), True
+    if hasattr(suspect, "ask"):
+        return suspect, isinstance(suspect, LocalAsker)
+    if callable(suspect):
+        return CallableAsker(suspect), False
+    raise ConfigError(
+        f"cannot ask a {type(suspect).__name__}", hint="pass a model, a function from text to text, or an OpenAIAsker"
+    )
+
+
+def _with_triggers(
+    committed: Sequence[Committed], asker: Asker, registry: str | Path
+) -> list[tuple[Committed, TriggerSet]]:
+    """Return the commitments whose trigger sets a suspect of this kind can answer."""
+    # Through an API it does not show which of the two writes the text.
+    tasks = (asker.task.name,) if isinstance(asker, LocalAsker) else TEXT_TASKS
+    sets = [(one, one.record.triggers) for one in committed]
+    fitting = [(one, triggers) for one, triggers in sets if triggers is not None and triggers.task in tasks]
+    if not fitting:
         raise RegistryError(
-            f"{registry} commits to no trigger set for {task}", hint="use wmguard verify, which reads the weights"
+            f"{registry} commits to no trigger set for {' or '.join(tasks)}",
+            hint="use wmguard verify, which reads the weights",
         )
-    best, result = min(results, key=lambda item: item[1].log10_p)
-    best_case = log10_poisson_binomial_tail(result.asked, [result.null_rate] * result.asked)
-    lacking = None
-    if log10_bonferroni(best_case, len(results)) > alpha_log10:
-        lacking = f"{result.asked} triggers cannot reach log10 p <= {alpha_log10:g}, even if all of them match"
-    suspect = {"uri": uri or type(model).__name__, "sha256": None}
-    return _report(best, len(results), alpha_log10, lacking=lacking, triggers=result, suspect=suspect)
+    return fitting
+
+
+def _about(suspect: Any, asker: Asker, uri: str | None) -> dict[str, str | None]:
+    if isinstance(asker, OpenAIAsker):
+        return {"uri": uri or asker.endpoint, "sha256": None, "model": asker.model}
+    if isinstance(asker, CallableAsker):
+        return {"uri": uri or asker.name, "sha256": None}
+    return {"uri": uri or type(suspect).__name__, "sha256": None}
+
+
+def _trigger_result(outcome: Outcome, result: SetResult, plan: Plan) -> TriggerResult:
+    return TriggerResult(
+        log10_p=result.log10_p,
+        matches=result.matches,
+        asked=result.asked,
+        null_rate=result.null_rate,
+        queries=outcome.queries,
+        method=plan.method,
+        tries=plan.tries,
+        unusable=outcome.unusable,
+        decoys=outcome.decoys,
+    )
+
+
+def _unanswered(outcome: Outcome, plan: Plan, tests: int, transcript: str | Path | None) -> str | None:
+    """Say why too little was answered for a missing mark to mean something, or return None where it was enough."""
+    level = f"log10 p <= {plan.alpha_log10:g}"
+    if not outcome.queries:
+        return (
+            f"{outcome.planned} questions cannot reach {level}, even if all triggers match; nothing was asked: "
+            "raise the budget, ask without decoys, or choose a higher level"
+        )
+    if outcome.fault is not None:
+        again = "nothing was kept: use a transcript next time"
+        if transcript is not None:
+            again = f"run the same command again to go on with {transcript}"
+        return f"stopped after {outcome.queries} of {outcome.planned} questions: {outcome.fault.message}; {again}"
+    # Enough is half of the triggers asked, and as many as could have reached the level.
+    for one in outcome.results:
+        if 2 * one.usable >= one.asked and log10_bonferroni(one.best_log10_p, tests) <= plan.alpha_log10:
+            return None
+    return (
+        f"of {outcome.queries} answers {outcome.refused} were refused or empty and {outcome.canned} the same text "
+        f"whatever was asked; what is left cannot show that the mark is missing at {level}"
+    )
 
 
 def _check_alpha(alpha_log10: float) -> None:

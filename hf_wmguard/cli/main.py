@@ -22,8 +22,9 @@ from hf_wmguard.cli.options import (
     RegistryOption,
     SignerOption,
 )
-from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json
+from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report
 from hf_wmguard.cli.plan import plan
+from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.stress import stress
 from hf_wmguard.errors import WmguardError
 
@@ -33,6 +34,7 @@ _WHOLE = "the output folder is whole or does not exist"
 _LEFT = {
     "embed": f"{_WHOLE}; a commitment that was made stays in the registry and is harmless",
     "decrypt": _WHOLE,
+    "probe": "with --transcript the same command goes on where this one stopped; without it nothing was kept",
     "stress": "the same command goes on where this one stopped",
 }
 
@@ -127,35 +129,7 @@ def verify(
             original=original,
             alpha_log10=alpha_log10,
         )
-    _print_report(report, as_json)
-
-
-@app.command()
-def probe(
-    local: Annotated[Path, typer.Option("--local", help="Folder of the suspect model, plain or protected.")],
-    owner_key: OwnerKeyOption,
-    registry: RegistryOption,
-    model_id: ModelIdOption = None,
-    identity: IdentityOption = None,
-    alpha_log10: AlphaOption = -9.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Judge a suspect by its answers to the trigger sets. Exit 0: detected, 1: not detected or inconclusive."""
-    from hf_wmguard.loading import load_suspect
-    from hf_wmguard.verification import probe as judge
-
-    with err.status(escape(f"asking {local}")):
-        model, tokenizer = load_suspect(local, identity=identity)
-        report = judge(
-            model,
-            tokenizer,
-            owner_key=owner_key,
-            registry=registry,
-            model_id=model_id,
-            alpha_log10=alpha_log10,
-            uri=str(local),
-        )
-    _print_report(report, as_json)
+    print_report(report, as_json)
 
 
 @app.command()
@@ -232,30 +206,8 @@ def decrypt(
 
 app.command()(embed)
 app.command()(plan)
+app.command()(probe)
 app.command()(stress)
-
-
-def _print_report(report: Any, as_json: bool) -> None:
-    value = report.to_json()
-    if as_json:
-        print_json(value)
-    else:
-        colour = {"detected": "green", "not_detected": "cyan", "inconclusive": "yellow"}[report.verdict]
-        table = pairs_table(f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}")
-        if report.reason:
-            table.add_row("reason", report.reason)
-        table.add_row("suspect", escape(str(report.suspect["uri"])))
-        table.add_row("level", f"log10 p <= {report.alpha_log10:g}, corrected for {report.tests_corrected_for} tests")
-        table.add_row("model", escape(f"{report.model_id} {report.iteration}"))
-        for channel in ("signature", "triggers"):
-            for name, number in (value[channel] or {}).items():
-                # Where it did not decode these are the digits of nothing.
-                if name == "payload" and not value[channel]["payload_decoded"]:
-                    continue
-                table.add_row(f"{channel}.{name}", f"{number:.4g}" if isinstance(number, float) else str(number))
-        table.add_row("committed", f"{report.commitment['time']} {report.commitment['entry']}")
-        console.print(table)
-    raise typer.Exit(0 if report.verdict == "detected" else 1)
 
 
 def main() -> None:

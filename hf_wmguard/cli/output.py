@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -68,6 +69,47 @@ def count_progress(first: str) -> Iterator[Any]:
         yield advance
 
 
+@contextmanager
+def question_progress(first: str) -> Iterator[Any]:
+    """Show a bar on a terminal; yield what is called with questions answered, questions in all, and log10 p if known.
+
+    Args:
+        first: What is done before the first question.
+    """
+    with _bar(MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+        task = bar.add_task(escape(first), total=None)
+
+        def advance(done: int, total: int, log10_p: float | None) -> None:
+            shown = first if log10_p is None else f"{first}, log10 p = {log10_p:.1f}"
+            bar.update(task, completed=done, total=total, description=escape(shown))
+
+        yield advance
+
+
 def _bar(*columns: ProgressColumn) -> Progress:
     shown = (TextColumn("{task.description}"), BarColumn(), *columns)
     return Progress(*shown, console=err, transient=True, disable=not err.is_terminal)
+
+
+def print_report(report: Any, as_json: bool) -> None:
+    """Print a report of `verify` or `probe` and end with its exit code."""
+    value = report.to_json()
+    if as_json:
+        print_json(value)
+    else:
+        colour = {"detected": "green", "not_detected": "cyan", "inconclusive": "yellow"}[report.verdict]
+        table = pairs_table(f"[bold {colour}]{report.verdict}[/]  log10 p = {report.log10_p:.1f}")
+        if report.reason:
+            table.add_row("reason", escape(report.reason))
+        table.add_row("suspect", escape(" ".join(filter(None, (report.suspect["uri"], report.suspect.get("model"))))))
+        table.add_row("level", f"log10 p <= {report.alpha_log10:g}, corrected for {report.tests_corrected_for} tests")
+        table.add_row("model", escape(f"{report.model_id} {report.iteration}"))
+        for channel in ("signature", "triggers"):
+            for name, number in (value[channel] or {}).items():
+                # Where it did not decode these are the digits of nothing.
+                if name == "payload" and not value[channel]["payload_decoded"]:
+                    continue
+                table.add_row(f"{channel}.{name}", f"{number:.4g}" if isinstance(number, float) else str(number))
+        table.add_row("committed", f"{report.commitment['time']} {report.commitment['entry']}")
+        console.print(table)
+    raise typer.Exit(0 if report.verdict == "detected" else 1)

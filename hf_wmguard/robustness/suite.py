@@ -12,13 +12,14 @@ from pathlib import Path
 
 from hf_wmguard.errors import ConfigError, WmguardError
 from hf_wmguard.keys import OwnerKey
+from hf_wmguard.reports import Report
 from hf_wmguard.robustness.attacks import StateDict, relative_change
 from hf_wmguard.robustness.catalogue import ATTACKS, BASELINE, Attack
 from hf_wmguard.robustness.results import Outcome, Result, ResultStream, Skipped
 from hf_wmguard.robustness.target import Target, load_target
 from hf_wmguard.robustness.utility import Utility, measure, with_weights
 from hf_wmguard.suspects.reader import digest
-from hf_wmguard.verification import Report, verify
+from hf_wmguard.verification import verify
 
 Judge = Callable[[Attack, StateDict | Path], Report]
 Progress = Callable[[int, int, str], None]

@@ -8,7 +8,8 @@ logarithms; they are never above 0, and an argument that cannot occur is an erro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ _LN10 = math.log(10.0)
 _MAX_TILT = 1e6
 # A sum of n cosines that were rounded to float32 may pass n by this fraction; anything above is a mistake.
 _ROUNDING = 1e-5
+_EXPONENT_GRID = 2.0**-40
+
+Tally = tuple[int, Mapping[int, int]]
+"""k, and for each of the candidates 0 to k - 1 that were named the number of tries that named it."""
 
 
 def log10_p_correlation(statistic: float, n: int) -> float:
@@ -139,18 +144,69 @@ def log10_poisson_binomial_tail(matches: int, rates: Sequence[float]) -> float:
     _check_matches(matches, len(rates))
     for rate in rates:
         _check_rate(rate)
+    return _log10_sum_tail(matches, ({0: 1.0 - rate, 1: rate} for rate in rates))
+
+
+def tally_of(named: Iterable[int | None], k: int) -> Tally:
+    """Return how often the tries of one trigger named each of its k candidates.
+
+    Args:
+        named: For each try the index of the candidate that its answer named, None where it named none or was refused.
+        k: Number of candidates.
+    Raises:
+        ValueError: An index outside 0 to k - 1.
+    """
+    tally = k, Counter(index for index in named if index is not None)
+    _check_tally(tally)
+    return tally
+
+
+def log10_tally_tail(matches: int, tallies: Sequence[Tally]) -> float:
+    """Return log10 P(sum_i n_i(Y_i) >= matches), Y_i independent and uniform over k_i candidates, exact to 1e-9 of it.
+
+    This is the p-value of several tries per trigger. n_i(c) is the number of tries of trigger i that named candidate
+    c; tries of one trigger are answered by one model and depend on each other in an unknown way. Nothing is assumed of
+    that: the answers are given, and only the responses are drawn, as the key draws them. Everything that was asked
+    enters, and when to stop must not have been decided by matches (`SequentialTest` allows that). With one try that
+    names a candidate it is `log10_poisson_binomial_tail` at rates 1/k_i; a try that names none adds nothing.
+
+    Args:
+        matches: Tries that named the response of their trigger.
+        tallies: For each trigger that was asked k and, for each candidate, the number of tries that named it. Time
+            grows with triggers times tries: 1,000 of 4 take about 0.1 s.
+    Raises:
+        ValueError: A number of matches that no responses can give, or a tally that is none.
+    """
+    for tally in tallies:
+        _check_tally(tally)
+    _check_matches(matches, sum(max(counts.values(), default=0) for _, counts in tallies))
+    return _log10_sum_tail(matches, map(_law, tallies))
+
+
+def _law(tally: Tally) -> dict[int, float]:
+    """Return the chances of each number of tries that a uniformly drawn candidate was named by."""
+    k, counts = tally
+    drawn = Counter(counts.values())
+    drawn[0] = k - sum(n for tries, n in drawn.items() if tries)
+    return {tries: n / k for tries, n in drawn.items()}
+
+
+def _log10_sum_tail(matches: int, laws: Iterable[Mapping[int, float]]) -> float:
+    """Return log10 P(X_1 + ... + X_n >= matches), X_i independent with chance laws[i][v] of the value v."""
     if matches == 0:
         return 0.0
-    # log P(k matches among the triggers so far). Logarithms, because 64 rates of 1e-6 pass float64's range.
-    pmf = torch.full((len(rates) + 1,), -torch.inf, dtype=torch.float64)
-    pmf[0] = 0.0
-    chances = torch.tensor(rates, dtype=torch.float64)
-    for hit, miss in zip(chances.log(), (-chances).log1p(), strict=True):
-        pmf[1:] = torch.logaddexp(pmf[1:] + miss, pmf[:-1] + hit)
-        pmf[0] += miss
-    if matches > math.fsum(rates):
-        return _log10(pmf[matches:].logsumexp(0).item())
-    return _log10(_log_complement(pmf[:matches].logsumexp(0).item()))
+    # log P(sum so far). Logarithms, because 64 chances of 1e-6 pass float64's range.
+    pmf = torch.zeros(1, dtype=torch.float64)
+    for law in laws:
+        grown = torch.full((len(pmf) + max(law),), -torch.inf, dtype=torch.float64)
+        for value, chance in law.items():
+            if chance > 0.0:
+                part = grown[value : value + len(pmf)]
+                torch.logaddexp(part, pmf + math.log(chance), out=part)
+        pmf = grown
+    tail = pmf[matches:].logsumexp(0).item()
+    # On the near side of the median the other tail is summed: 1 - p keeps its digits there while p is close to 1.
+    return _log10(tail if tail < -1.0 else _log_complement(pmf[:matches].logsumexp(0).item()))
 
 
 def log10_bonferroni(log10_p: float, tests: int) -> float:
@@ -169,23 +225,37 @@ def log10_bonferroni(log10_p: float, tests: int) -> float:
 
 
 def log10_fuse(a: float | None, b: float | None) -> float:
-    """Return one p-value for two channels that may depend on each other: twice the smaller one.
+    """Return one p-value for two independent channels of one commitment: Fisher's product x (1 - ln x), x = p_a p_b.
+
+    Weights and triggers are independent under H0: carriers and trigger responses come from two HKDF subkeys of the
+    commitment, "carriers" and "triggers", that are independent of each other and, under H0, of the suspect. Given
+    suspect and carriers, so for each value of p_a, the responses are still uniform and P(p_b <= u) <= u. Hence
+    P(p_a p_b <= x) <= E min(1, x / p_a) <= x (1 - ln x), also where a p-value is discrete or a bound. Each channel is
+    corrected for the tests within it before, the result for the number of commitments after. Where the two suspects
+    are not the same, a small p says that one of them at least was made with the key.
 
     Args:
         a: log10 p-value of one channel, None where it was not asked. That choice must be made before either
             is read; a channel that was asked and could not be read is 0.0, not None.
         b: The other channel, alike.
     Returns:
-        log10 of the fused p-value, at most 0; the only channel's own where one was asked, 0.0 where none was.
+        log10 of the fused p-value, at most 0, monotone in both, rounded up by less than 1e-12 + 2e-15 |log10 x|; the
+        only channel's own where one was asked, 0.0 where none was.
     Raises:
         ValueError: A p-value that is none.
+    Source: Fisher 1932, "Statistical methods for research workers", sec. 21.1.
     """
     asked = [p for p in (a, b) if p is not None]
-    if not asked:
-        return 0.0
     for p in asked:
         _check_log10_p(p)
-    return log10_bonferroni(min(asked), len(asked))
+    if len(asked) < 2:
+        return sum(asked, 0.0)
+    # Rounded up to a multiple of 2^-40: two sums are equal or further apart than what rounding does below, so that the
+    # result is monotone. From 2^12 on, doubles are no closer than that anyway.
+    exponent = math.nextafter(sum(asked), 0.0)
+    nats = (math.fmod(exponent, _EXPONENT_GRID) - exponent) * _LN10
+    # -ln x; what follows is off by less than 1e-15 of it, which is given away.
+    return _log10(math.log1p(nats) - nats + 1e-15 * nats)
 
 
 def _log10(nats: float) -> float:
@@ -198,15 +268,21 @@ def _log_complement(nats: float) -> float:
     return math.log1p(-math.exp(nats))
 
 
-def _check_matches(matches: int, asked: int) -> None:
-    if not 0 <= matches <= asked:
-        raise ValueError(f"matches is {matches}, expected 0 to {asked} (the number asked)")
+def _check_matches(matches: int, most: int) -> None:
+    if not 0 <= matches <= most:
+        raise ValueError(f"matches is {matches}, expected 0 to {most} (the most that can match)")
 
 
 def _check_rate(rate: float) -> None:
     # Written so that NaN fails too. A rate of 0 would make one match a proof, which no model can promise.
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"rate is {rate}, expected above 0 and at most 1")
+
+
+def _check_tally(tally: Tally) -> None:
+    k, counts = tally
+    if k < 1 or not all(0 <= index < k for index in counts) or not all(n >= 0 for n in counts.values()):
+        raise ValueError(f"tally of {k} candidates names {dict(counts)}, expected indices below it and counts from 0")
 
 
 def _check_log10_p(log10_p: float) -> None:

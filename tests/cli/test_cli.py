@@ -51,7 +51,7 @@ SIGNATURE = {
     "bytes_read",
     "alignment",
 }
-TRIGGERS = {"log10_p", "matches", "asked", "null_rate", "queries"}
+TRIGGERS = {"log10_p", "matches", "asked", "null_rate", "queries", "method", "tries", "unusable", "decoys"}
 
 
 def _where(run: Run) -> list[str]:

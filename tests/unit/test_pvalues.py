@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_wmguard.watermark.pvalues import (
     log10_binomial_tail,
@@ -16,6 +20,8 @@ from hf_wmguard.watermark.pvalues import (
     log10_p_correlation,
     log10_p_weighted,
     log10_poisson_binomial_tail,
+    log10_tally_tail,
+    tally_of,
 )
 
 LN10 = math.log(10.0)
@@ -272,20 +278,120 @@ def test_poisson_binomial_extremes() -> None:
     assert log10_poisson_binomial_tail(400, [1e-250] * 400) == pytest.approx(-100_000, rel=1e-12)
 
 
+def exact_tally_tail(matches: int, tallies: Sequence[tuple[int, dict[int, int]]]) -> float:
+    chances = [Fraction(1)]
+    for k, counts in tallies:
+        grown = [Fraction(0)] * (len(chances) + max(counts.values(), default=0))
+        for candidate in range(k):
+            for total, chance in enumerate(chances):
+                grown[total + counts.get(candidate, 0)] += chance / k
+        chances = grown
+    return log10_fraction(sum(chances[matches:], Fraction(0)))
+
+
+@st.composite
+def some_tallies(draw: st.DrawFn) -> list[tuple[int, dict[int, int]]]:
+    tallies = []
+    for k in draw(st.lists(st.integers(1, 9), max_size=6)):
+        named = draw(st.lists(st.none() | st.integers(0, k - 1), max_size=5))
+        tallies.append((k, {index: named.count(index) for index in named if index is not None}))
+    return tallies
+
+
+@settings(deadline=None)
+@given(some_tallies())
+def test_tally_tail_is_exact(tallies: list[tuple[int, dict[int, int]]]) -> None:
+    for matches in range(1 + sum(max(counts.values(), default=0) for _, counts in tallies)):
+        expected = exact_tally_tail(matches, tallies)
+        assert log10_tally_tail(matches, tallies) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("k", [2, 16, 45, 256])
+def test_single_tries_are_poisson_binomial(k: int) -> None:
+    answered, silent = [tally_of([7 % k], k)] * 60, [tally_of([None], k)] * 4
+    for matches in (0, 1, 2, 10, 40, 60):
+        expected = log10_poisson_binomial_tail(matches, [1 / k] * 60)
+        assert log10_tally_tail(matches, answered) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+        # A try that names none cannot match, whatever the key: it is as if it had not been asked.
+        assert log10_tally_tail(matches, [*answered, *silent]) == log10_tally_tail(matches, answered)
+        assert log10_tally_tail(matches, answered) <= log10_poisson_binomial_tail(matches, [1 / k] * 64) + 1e-12
+
+
+def test_tries_that_all_say_the_same_are_no_more_evidence_than_one() -> None:
+    once, often = [tally_of([3], 16)] * 64, [tally_of([3] * 5, 16)] * 64
+    for matches in (1, 10, 64):
+        assert log10_tally_tail(5 * matches, often) == pytest.approx(log10_tally_tail(matches, once), rel=1e-12)
+
+
+def test_tally_extremes() -> None:
+    assert log10_tally_tail(0, []) == 0.0
+    assert log10_tally_tail(2, [(1, {0: 2})]) == 0.0
+    assert log10_tally_tail(800, [(10**250, {5: 2, 6: 1})] * 400) == pytest.approx(-100_000, rel=1e-12)
+    assert log10_tally_tail(1, [(10**9, {5: 1})]) == pytest.approx(-9, rel=1e-15)
+
+
+def test_a_tally_counts_what_was_named() -> None:
+    assert tally_of([3, None, 3, 0], 4) == (4, {3: 2, 0: 1})
+    assert tally_of([None, None], 4) == (4, {})
+
+
+@pytest.mark.parametrize("tally", [(4, {4: 1}), (4, {-1: 1}), (0, {}), (4, {0: -1})])
+def test_impossible_tallies(tally: tuple[int, dict[int, int]]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        log10_tally_tail(0, [tally])
+
+
+@pytest.mark.parametrize("matches", [-1, 3])
+def test_impossible_numbers_of_matching_tries(matches: int) -> None:
+    # Two tries named the one candidate and two the other: three cannot have matched.
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        log10_tally_tail(matches, [(4, {0: 2, 1: 2})])
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_no_candidate_has_that_index(index: int) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        tally_of([0, index], 4)
+
+
 def test_bonferroni() -> None:
     assert log10_bonferroni(-12.0, 1) == -12.0
     assert log10_bonferroni(-12.0, 1000) == pytest.approx(-9.0)
     assert log10_bonferroni(-2.0, 1000) == 0.0
 
 
+def exact_fuse(a: float, b: float) -> Decimal:
+    """Return log10 of x (1 - ln x) to 60 digits; 10^(a + b) itself is out of reach."""
+    with localcontext(prec=60):
+        exponent = Decimal(a) + Decimal(b)
+        return exponent + (1 - exponent * Decimal(10).ln()).log10()
+
+
+P_VALUES = st.floats(-1e6, 0.0) | st.floats(-1.0, 0.0) | st.floats(-12.0, 0.0).map(lambda x: -(10.0**x))
+
+
+@settings(deadline=None)
+@given(P_VALUES, P_VALUES)
+def test_fused_p_is_fishers_and_never_too_small(a: float, b: float) -> None:
+    fused, exact = log10_fuse(a, b), exact_fuse(a, b)
+
+    assert exact - Decimal("1e-55") <= Decimal(fused) <= exact + Decimal(1e-12 + 2e-15 * abs(a + b))
+    assert fused == log10_fuse(b, a)
+    assert fused <= 0.0
+
+
+@settings(deadline=None)
+@given(P_VALUES, P_VALUES, st.integers(1, 1000))
+def test_fused_p_is_monotone(a: float, b: float, ulps: int) -> None:
+    assert log10_fuse(a, b) <= log10_fuse(min(a + ulps * math.ulp(a), 0.0), b)
+
+
 def test_fuse() -> None:
-    assert log10_fuse(-241.9, -77.1) == pytest.approx(-241.9 + math.log10(2))
-    assert log10_fuse(-77.1, -241.9) == log10_fuse(-241.9, -77.1)
+    assert log10_fuse(-241.9, -77.1) == pytest.approx(-319 + math.log10(1 + 319 * LN10))
     assert log10_fuse(-241.9, None) == log10_fuse(None, -241.9) == -241.9
-    assert log10_fuse(-0.1, 0.0) == 0.0
-    assert log10_fuse(None, None) == 0.0
-    # A channel that was asked and gave nothing costs its correction.
-    assert log10_fuse(-9.0, 0.0) > -9.0
+    assert log10_fuse(None, None) == log10_fuse(0.0, 0.0) == log10_fuse(0.0, None) == 0.0
+    # A channel that was asked and gave nothing costs something.
+    assert -9.0 < log10_fuse(-9.0, 0.0) < -7.6
 
 
 @pytest.mark.parametrize("p", [0.1, math.nan, math.inf, -math.inf])
