@@ -17,7 +17,7 @@ from hf_wmguard.errors import ConfigError, NonFiniteWeightError
 from hf_wmguard.probing.local import count_learned
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_set import make_triggers
-from hf_wmguard.training.trigger_step import LARGEST_MOVE, LEARNED, TriggerStep, descend, noisy_outputs
+from hf_wmguard.training.trigger_step import LARGEST_MOVE, TriggerStep, descend, noisy_outputs
 
 KEY = b"k" * 32
 
@@ -194,14 +194,13 @@ def test_16_bit_weights_move_by_less_than_their_last_place() -> None:
     assert (1 - layer.weight.detach().double().mean()).item() == pytest.approx(20 * 1e-5, rel=0.2)
 
 
-def test_what_was_learned_is_not_trained_further(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    step = make_step(model, tokenizer, contexts=0.0, noise=0.0, batch_size=10, strength=1.0)
-    for number in range(1, 500):
-        before = weights(model)
-        step.run(model, number)
-        if step.metrics["wmguard/trigger_loss"] < LEARNED:
-            break
-    assert same(before, weights(model))
+def test_nothing_moves_where_nothing_is_left_to_learn() -> None:
+    layer = nn.Linear(4, 3)
+    before = weights(layer)
+    layer(torch.randn(2, 4)).sum().backward()
+    descend(layer, 0.0, torch.Generator())
+    assert same(before, weights(layer))
+    assert layer.weight.grad is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
