@@ -31,7 +31,8 @@ from external import ToolError, Tools
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tasks import TASKS
-from train import DEFAULT_SHARED, Cell
+from train import Cell
+from trainer import DEFAULT_SHARED, owner_of
 
 from hf_wmguard import WmguardError, verify
 
@@ -204,7 +205,7 @@ class _Judge:
         start = time.process_time()
         original = self.target.model if attack.original else None
         read = source or (suspect if isinstance(suspect, Path) else dict(suspect))
-        report = verify(read, original=original, **training.owner_of(self.target.folder)).to_json()
+        report = verify(read, original=original, **owner_of(self.target.folder)).to_json()
         result = {
             "cell": self.cell.name,
             "attack": attack.name,

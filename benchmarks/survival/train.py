@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -18,25 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import tasks
 import torch
-from datasets import Dataset
 from tasks import TASKS, Form, Task
-from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+from trainer import BUDGET, DEFAULT_SHARED, identity_of, make_keys, make_trainer, owner_of
+from transformers import set_seed
 
 from hf_wmguard import ProtectionConfig, SignatureConfig, WatermarkConfig, protect_trainer
-from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.evidence.manifest import read_manifest
-from hf_wmguard.keys import OwnerKey, write_key_pair
 from hf_wmguard.loading import decrypt_folder
 
-DEFAULT_SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 LORA_RANK = 16
-BUDGET: dict[Form, float] = {"full": 0.012, "lora": 0.011}
-"""So that the relative weight change stays below 1.2%: an adapter that trains on pulls back, which adds to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +88,8 @@ def _train(cell: Cell, folder: Path, scratch: Path, shared: Path, signature: dic
         model = _with_adapter(task, model)
     before = tasks.utility(model, task, shared)
     set_seed(cell.seed)
-    trainer = _trainer(cell, model, rows, scratch, tasks.load_tokenizer(task, shared))
+    tokenizer = tasks.load_tokenizer(task, shared)
+    trainer = make_trainer(task, model, rows, form=cell.form, seed=cell.seed, scratch=scratch, tokenizer=tokenizer)
     if cell.marked:
         protect_trainer(trainer, _config(cell, folder, signature))
     start, cpu = time.perf_counter(), time.process_time()
@@ -109,7 +101,7 @@ def _train(cell: Cell, folder: Path, scratch: Path, shared: Path, signature: dic
     if cell.marked:
         manifest, _ = read_manifest(scratch / "final")
         result["manifest"] = json.loads(manifest.to_bytes())["signature"]
-        decrypt_folder(scratch / "final", saved, identity=f"file:{folder / 'keys' / 'inference.key'}")
+        decrypt_folder(scratch / "final", saved, identity=identity_of(folder))
     else:
         shutil.copytree(scratch / "final", saved)
     if cell.form == "lora":
@@ -143,49 +135,14 @@ def merge_adapter(task: Task, adapter: Path, merged: Path, shared: Path) -> None
     tasks.load_tokenizer(task, shared).save_pretrained(merged)
 
 
-def _trainer(cell: Cell, model: Any, rows: tasks.Rows, scratch: Path, tokenizer: Any) -> Trainer:
-    task = cell.task
-    arguments = TrainingArguments(
-        output_dir=str(scratch / "trainer"),
-        num_train_epochs=task.epochs,
-        per_device_train_batch_size=task.batch,
-        warmup_steps=20,
-        save_strategy="no",
-        logging_steps=20,
-        report_to=[],
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        seed=cell.seed,
-    )
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=default_data_collator,
-        processing_class=tokenizer,
-        optimizers=(tasks.optimizer(task, model, cell.form), None),
-    )
-
-
 def _config(cell: Cell, folder: Path, signature: dict[str, Any]) -> WatermarkConfig:
-    keys = folder / "keys"
-    keys.mkdir()
-    OwnerKey.generate().write(keys / "owner.key")
-    identity = generate_identity()
-    write_key_pair(keys / "inference.key", identity.to_text().encode(), identity.recipient().to_text().encode())
     return WatermarkConfig(
         model_id=f"survival/{cell.name}",
         signature=SignatureConfig(**signature),
         triggers=None,
-        protection=ProtectionConfig(recipients=(f"file:{keys / 'inference.key.pub'}",)),
+        protection=ProtectionConfig(recipients=make_keys(folder)),
         **owner_of(folder),
     )
-
-
-def owner_of(folder: Path) -> dict[str, str]:
-    """Return the arguments by which `verify` finds the owner of a marked cell."""
-    return {"owner_key": f"file:{folder / 'keys' / 'owner.key'}", "registry": str(folder / "registry")}
 
 
 def main() -> None:

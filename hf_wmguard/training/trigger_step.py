@@ -1,29 +1,41 @@
-"""The trigger micro-batch: a forward and a backward of its own before the ordinary ones of a step.
+"""The triggers' own part of a training step: a forward, a backward and a move of the weights after the optimizer's.
 
-Its gradient adds to the step's, and shares the clipping and the optimizer; the number of steps and the learning
-rate schedule stay as they are. The ordinary run's random numbers are not touched.
+The move goes down the gradient of the trigger loss, as far as brings the loss a share of the way to where the set is
+learned (Polyak's step, if the loss were linear), and no further: of all small moves that teach the same, the one along
+the gradient changes the weights least. Added to the ordinary gradient instead, triggers would take their share of the
+clipped norm and of the optimizer's normalisation, and what ordinary training learns would suffer (ADR 11). The number
+of steps, the learning rate schedule and the ordinary run's random numbers stay as they are.
+
+Source: Polyak 1987, "Introduction to optimization", sec. 5.3.2; Loizou et al. 2021, "Stochastic Polyak step-size for
+    SGD", arXiv 2002.10542 (bounded steps).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_wmguard.config import TriggerConfig
-from hf_wmguard.errors import UnsupportedError
+from hf_wmguard.errors import NonFiniteWeightError
 from hf_wmguard.probing.tasks import task_of
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.watermark.answers import Prompt
 from hf_wmguard.watermark.contexts import in_context
 from hf_wmguard.watermark.prf import Stream
+from hf_wmguard.watermark.rounding import add_rounded_
 from hf_wmguard.watermark.triggers import TriggerSet
 
+LEARNED: Final = 0.3
+"""Mean loss at which a set counts as learned: the response has three quarters of the probability."""
+LARGEST_MOVE: Final = 0.01
+"""Largest move in one step, as a share of the norm of what is moved."""
 # By name: the quantized ones belong to packages that need not be installed.
 _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
@@ -39,7 +51,6 @@ class TriggerStep:
         phase: Where in training.
         processor: The model's tokenizer or image processor.
         data: The Trainer's dataloader, from whose rows some are replayed; None: nothing is.
-        max_grad_norm: Norm that the Trainer clips gradients to; 0: it does not.
     """
 
     def __init__(
@@ -50,27 +61,25 @@ class TriggerStep:
         processor: Any,
         *,
         data: Any = None,
-        max_grad_norm: float = 1.0,
     ) -> None:
         self._triggers = triggers
         self._config = config
         self.phase = phase
         self._processor = processor
         self._data = data if hasattr(getattr(data, "dataset", None), "__getitem__") else None
-        self._largest = config.weight * (max_grad_norm or 1.0)
         # Of the set itself and no key: surroundings need not be secret, only the same after a resume.
         self._seed = hashlib.sha256(triggers.digest().encode()).digest()
         self.metrics: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
-        """Return whether a trigger micro-batch comes before optimizer step ``step`` (counted from 1)."""
+        """Return whether a trigger micro-batch comes after optimizer step ``step`` (counted from 1)."""
         return self.phase.contains(step) and (step - self.phase.start - 1) % self._config.every_n_steps == 0
 
     def run(self, model: nn.Module, step: int) -> None:
-        """Make the gradient of one trigger micro-batch. It comes first in a step: there is none yet.
+        """Take one trigger micro-batch, and move the weights. No gradient is left behind, of whatever origin.
 
         Raises:
-            UnsupportedError: The loss is not finite.
+            NonFiniteWeightError: The loss is not finite; nothing has been moved.
         """
         device = next(model.parameters()).device
         stream = Stream(self._seed, "trigger-step", step)
@@ -78,6 +87,7 @@ class TriggerStep:
         prompts = [self._prompt(row, stream) for row in rows]
         responses = [self._triggers.responses[row] for row in rows]
         training = model.training
+        model.zero_grad()
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             stack.callback(model.train, training)
@@ -86,15 +96,16 @@ class TriggerStep:
             stack.enter_context(noisy_outputs(model, self._config.noise))
             loss, matched = task_of(model).loss(model, self._processor, prompts, responses)
             if not bool(torch.isfinite(loss)):
-                raise UnsupportedError(
+                raise NonFiniteWeightError(
                     f"trigger loss is {float(loss.detach())} at step {step}",
-                    hint="lower triggers.weight or the learning rate",
+                    hint="training has diverged: lower the learning rate and resume from the last checkpoint",
                 )
             torch.autograd.backward(loss)
             # After the triggers' graph is gone: two at a time would double the memory of a step.
             if (ordinary := self._replayed(model, stream, device)) is not None:
                 torch.autograd.backward(ordinary)
-        keep_gradients_small(model, self._largest)
+            generator = torch.Generator(device).manual_seed(step)
+            descend(model, max(0.0, float(loss.detach()) - LEARNED) * self._config.strength, generator)
         self.metrics = {
             "wmguard/trigger_loss": float(loss.detach()),
             "wmguard/trigger_match_rate": float(matched.float().mean()),
@@ -134,26 +145,29 @@ class TriggerStep:
 
 
 @torch.no_grad()
-def keep_gradients_small(model: nn.Module, largest: float) -> None:
-    """Keep a gradient to the matrices of the blocks, and its norm to a bound.
+def descend(model: nn.Module, decrease: float, generator: torch.Generator) -> None:
+    """Move the matrices of the blocks down their gradient, and drop all gradients.
 
     Embeddings, output layers, norms and biases act on every text: a response that is learned there is said everywhere.
-    And a step that is clipped as a whole would take from the ordinary gradient what the triggers add.
 
     Args:
-        model: The model, with no other gradient than this.
-        largest: The norm's bound.
+        model: The model, with the gradient of one loss.
+        decrease: How much less that loss is to become, if it were linear; the move is at most `LARGEST_MOVE` of the
+            matrices' norm.
+        generator: For the rounding of 16-bit weights.
     """
-    shared = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = output_layer(model)
-    everywhere = {id(p) for module in [*shared, *([head] if head is not None else [])] for p in module.parameters()}
+    everywhere = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     trained = [p for p in model.parameters() if p.grad is not None]
-    blocks = [p for p in trained if p.ndim > 1 and id(p) not in everywhere]
-    kept = {id(p) for p in blocks or trained}
-    for parameter in trained:
-        if id(parameter) not in kept:
-            parameter.grad = None
-    nn.utils.clip_grad_norm_(blocks or trained, largest)
+    moved = [p for p in trained if p.ndim > 1 and id(p) not in everywhere] or trained
+    squared = sum(float(p.grad.float().pow(2).sum()) for p in moved if p.grad is not None)
+    if decrease > 0 and squared > 0:
+        norm = math.sqrt(sum(float(p.float().pow(2).sum()) for p in moved))
+        rate = min(decrease / squared, LARGEST_MOVE * norm / math.sqrt(squared))
+        for parameter in moved:
+            if parameter.grad is not None:
+                add_rounded_(parameter, -rate * parameter.grad.float(), generator)
+    model.zero_grad()
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
