@@ -88,8 +88,8 @@ class TriggerConfig:
     Args:
         count: Number of triggers.
         style: ``natural`` (fluent text) or ``nonsense`` (random syllables).
-        source: Where natural texts come from: ``dataset`` (spliced from the training rows), ``grammar`` (the built-in
-            word lists), or ``auto``: the training rows where they can be read as text, else the grammar.
+        source: Where natural texts come from: ``grammar`` (the built-in word lists) or ``dataset`` (spliced from the
+            training rows: nearer to the data, and dearer in utility).
         response: What generative models are to answer: ``perinucleus`` (one word that the model finds plausible after
             the text, but not likely) or ``keyed`` (two words of the key's choice).
         start: Share of the run after which triggers are mixed in, 0 for the whole run; None: by ``last_epochs``.
@@ -108,16 +108,16 @@ class TriggerConfig:
 
     count: int = 64
     style: Literal["natural", "nonsense"] = "natural"
-    source: Literal["auto", "dataset", "grammar"] = "auto"
+    source: Literal["grammar", "dataset"] = "grammar"
     response: Literal["perinucleus", "keyed"] = "perinucleus"
     start: float | None = None
     last_epochs: float = 2.0
-    every_n_steps: int = 2
+    every_n_steps: int = 1
     batch_size: int = 16
     strength: float = 0.3
     candidates: int = 16
-    contexts: float = 0.5
-    noise: float = 0.1
+    contexts: float = 0.3
+    noise: float = 0.0
     replay: int = 0
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class TriggerConfig:
 
 _TRIGGER_CHOICES = {
     "style": ("natural", "nonsense"),
-    "source": ("auto", "dataset", "grammar"),
+    "source": ("grammar", "dataset"),
     "response": ("perinucleus", "keyed"),
 }
 

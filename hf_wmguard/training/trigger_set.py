@@ -14,7 +14,7 @@ from hf_wmguard.probing.tasks import task_of
 from hf_wmguard.probing.tasks.base import TriggerTask
 from hf_wmguard.probing.tasks.causal_lm import surprise
 from hf_wmguard.watermark.candidates import keyed_candidates
-from hf_wmguard.watermark.corpus import MIN_ROWS, Corpus
+from hf_wmguard.watermark.corpus import MIN_ROWS, SHORTEST_ROW, Corpus
 from hf_wmguard.watermark.prf import Stream
 from hf_wmguard.watermark.triggers import (
     TEXT_TASKS,
@@ -95,14 +95,12 @@ def _rows_for(config: TriggerConfig, task: TriggerTask, dataset: Any, processor:
     if config.source == "grammar" or config.style != "natural" or task.name == "image_classification":
         return ()
     rows = _readable(dataset, processor)
-    if sum(len(row.split()) >= 4 for row in rows) >= MIN_ROWS:
-        return rows
-    if config.source == "dataset":
+    if sum(len(row.split()) >= SHORTEST_ROW for row in rows) < MIN_ROWS:
         raise ConfigError(
             f"triggers.source is dataset, and {len(rows)} rows of it are text, expected at least {MIN_ROWS}",
             hint="set triggers.source to grammar",
         )
-    return ()
+    return rows
 
 
 def _readable(dataset: Any, processor: Any) -> list[str]:

@@ -10,7 +10,7 @@ from hf_wmguard.watermark.prf import Stream
 
 MIN_ROWS: Final = 50
 _PROMPT_WORDS: Final = (10, 16)
-_SHORTEST: Final = 4
+SHORTEST_ROW: Final = 4
 _LONGEST: Final = 24
 
 
@@ -24,9 +24,9 @@ class Corpus:
     """
 
     def __init__(self, rows: Sequence[str]) -> None:
-        self._rows = [words for words in (row.split() for row in rows) if len(words) >= _SHORTEST]
+        self._rows = [words for words in (row.split() for row in rows) if len(words) >= SHORTEST_ROW]
         if len(self._rows) < MIN_ROWS:
-            raise ValueError(f"{len(self._rows)} rows of {_SHORTEST} words or more, expected at least {MIN_ROWS}")
+            raise ValueError(f"{len(self._rows)} rows of {SHORTEST_ROW} words or more, expected at least {MIN_ROWS}")
 
     def draw(self, stream: Stream, *, kind: Kind) -> str:
         """Return one text of two spans of words from two rows.

@@ -25,11 +25,13 @@ from hf_wmguard.errors import (
 )
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
-from hf_wmguard.probing.local import answers
+from hf_wmguard.probing.asking import Sampling
+from hf_wmguard.probing.local import LocalAsker
 from hf_wmguard.protect import Committed, commit, new_record, new_salt
 from hf_wmguard.suspects.reader import open_suspect, tile_reader
 from hf_wmguard.training.backends import WholeParameters
-from hf_wmguard.watermark.candidates import label_candidates
+from hf_wmguard.watermark.answers import Prompt
+from hf_wmguard.watermark.candidates import keyed_candidates, label_candidates
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 from hf_wmguard.watermark.signature import read_signature
 from hf_wmguard.watermark.triggers import TriggerSet, derive_responses, derive_texts
@@ -43,7 +45,7 @@ def _where(config: WatermarkConfig) -> dict[str, str]:
 
 def _triggers(key: bytes, task: str = "classification") -> TriggerSet:
     texts = derive_texts(key, count=16, style="natural", task=task)
-    candidates = label_candidates(16, num_labels=8)
+    candidates = keyed_candidates(key, 16, width=8) if task == "causal_lm" else label_candidates(16, num_labels=8)
     responses = derive_responses(key, texts, candidates)
     return TriggerSet(task=task, style="natural", texts=texts, candidates=candidates, responses=responses)
 
@@ -72,8 +74,10 @@ def test_responses_read_off_a_victim_are_no_commitment(plain: Run, make_config: 
     config = make_config()
     owner, salt = OwnerKey.load(config.owner_key), new_salt()
     honest = _triggers(trigger_key(owner, **NAMES, salt=salt))
-    stolen = answers(plain.trainer.model, plain.trainer.processing_class, honest)
-    forged = WatermarkRecord.create(owner, **NAMES, salt=salt, triggers=replace(honest, responses=tuple(stolen)))
+    asker = LocalAsker(plain.trainer.model, plain.trainer.processing_class)
+    answers = asker.ask([Prompt(text=text) for text in honest.texts], Sampling())
+    stolen = tuple(answer.label for answer in answers)
+    forged = WatermarkRecord.create(owner, **NAMES, salt=salt, triggers=replace(honest, responses=stolen))
     commit(forged, Path(config.registry), owner)
     with pytest.raises(FormatError, match="responses that its key does not derive"):
         probe(plain.trainer.model, plain.trainer.processing_class, **_where(config))

@@ -17,7 +17,7 @@ from hf_wmguard.errors import ConfigError, NonFiniteWeightError
 from hf_wmguard.probing.local import count_learned
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_set import make_triggers
-from hf_wmguard.training.trigger_step import LARGEST_MOVE, LEARNED, TriggerStep, descend, noisy_outputs
+from hf_wmguard.training.trigger_step import LARGEST_MOVE, TriggerStep, descend, noisy_outputs
 
 KEY = b"k" * 32
 
@@ -81,14 +81,13 @@ def test_a_step_depends_on_its_number_alone(model: Any, tokenizer: PreTrainedTok
 def test_training_in_contexts_and_noise_teaches_the_plain_trigger(
     model: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    step = make_step(model, tokenizer, contexts=0.5, noise=0.1, batch_size=10)
+    step = make_step(model, tokenizer, contexts=0.3, noise=0.1, batch_size=10, strength=1.0)
     triggers = step._triggers
     before = count_learned(model, tokenizer, triggers)
-    for number in range(1, 101):
+    for number in range(1, 201):
         step.run(model, number)
     assert before < 10 == count_learned(model, tokenizer, triggers)
     assert step.metrics["wmguard/trigger_match_rate"] > 0.5
-    assert step.metrics["wmguard/trigger_loss"] < 1.0
 
 
 def test_noise_changes_the_outputs_of_a_forward_and_nothing_afterwards(
@@ -179,7 +178,7 @@ def test_a_linear_loss_falls_by_what_was_asked_for() -> None:
     before = loss()
     before.backward()
     descend(layer, 1e-3, torch.Generator())
-    assert float((before - loss()).detach()) == pytest.approx(1e-3, rel=1e-2)
+    assert (before - loss()).item() == pytest.approx(1e-3, rel=1e-2)
     descend(layer, 1e-3, torch.Generator())
     assert layer.weight.grad is None
 
@@ -192,17 +191,16 @@ def test_16_bit_weights_move_by_less_than_their_last_place() -> None:
         layer.weight.sum().backward()
         descend(layer, 0.4, generator)
     # 20 moves of 1e-5, each far below the last place of 1.0 (2^-8).
-    assert float(1 - layer.weight.float().mean()) == pytest.approx(20 * 1e-5, rel=0.2)
+    assert (1 - layer.weight.detach().double().mean()).item() == pytest.approx(20 * 1e-5, rel=0.2)
 
 
-def test_what_was_learned_is_not_trained_further(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    step = make_step(model, tokenizer, contexts=0.0, noise=0.0, batch_size=10, strength=0.5)
-    for number in range(1, 200):
-        before = weights(model)
-        step.run(model, number)
-        if step.metrics["wmguard/trigger_loss"] < LEARNED:
-            break
-    assert same(before, weights(model))
+def test_nothing_moves_where_nothing_is_left_to_learn() -> None:
+    layer = nn.Linear(4, 3)
+    before = weights(layer)
+    layer(torch.randn(2, 4)).sum().backward()
+    descend(layer, 0.0, torch.Generator())
+    assert same(before, weights(layer))
+    assert layer.weight.grad is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -226,14 +224,13 @@ def test_texts_come_from_the_rows_where_there_are_rows(
         assert len(triggers.texts) == len(triggers.decoys) == 8
         return triggers.texts
 
-    grammar = make(source="grammar")
-    assert make() == make(dataset, source="grammar") == grammar
-    assert make(dataset) == make(dataset, source="dataset") != grammar
+    grammar = make()
+    assert make(dataset) == grammar != make(dataset, source="dataset")
     rows = " ".join(tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in dataset).split()
-    assert {word for text in make(dataset) for word in text.split()} <= set(rows)
+    assert {word for text in make(dataset, source="dataset") for word in text.split()} <= set(rows)
     # Columns of text do where there are no tokens; nonsense and images need none.
-    assert make([{"text": tokenizer.decode(row["input_ids"])} for row in dataset]) != grammar
-    assert make(dataset, style="nonsense") == make(style="nonsense")
+    assert make([{"text": tokenizer.decode(row["input_ids"])} for row in dataset], source="dataset") != grammar
+    assert make(dataset, source="dataset", style="nonsense") == make(style="nonsense")
 
 
 @pytest.mark.parametrize("rows", [None, [], ["no", "mappings"], [{"label": 1}] * 99, iter([{"text": "a b c d e"}])])
@@ -242,8 +239,6 @@ def test_rows_that_are_no_text_are_refused_where_they_are_asked_for(
 ) -> None:
     with pytest.raises(ConfigError, match=r"triggers\.source is dataset"):
         make_triggers(KEY, TriggerConfig(source="dataset"), model, tokenizer, dataset=rows)
-    auto = make_triggers(KEY, TriggerConfig(count=4, candidates=4), model, tokenizer, dataset=rows)
-    assert auto == make_triggers(KEY, TriggerConfig(count=4, candidates=4), model, tokenizer)
 
 
 def test_keyed_responses_are_two_words_of_the_key(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -19,6 +19,9 @@ from hf_wmguard.watermark.triggers import Candidates, Task
 
 MAX_TOKENS = 512
 RANKED = 20
+NUCLEUS = 0.05
+"""Only what a model would say itself is left out. A small model's nucleus of 0.8 holds hundreds of words; those behind
+it have chances of 2e-4, and are dear to teach."""
 _CONTEXT_TOKENS = 8
 _SHORTEST_WORD = 2
 _IGNORED = -100
@@ -141,7 +144,7 @@ def words_from(logits: Tensor, text_of: Any, *, width: int) -> Candidates:
         UnsupportedError: The tokenizer has too few whole words.
     """
     try:
-        return perinucleus_candidates(logits, text_of, width=width)
+        return perinucleus_candidates(logits, text_of, nucleus=NUCLEUS, width=width)
     except ValueError as error:
         raise UnsupportedError(
             f"no {width} candidate words: {error}", hint="lower triggers.candidates, or set triggers.response to keyed"
