@@ -62,7 +62,7 @@ def _trainer(form: str, out: Path, texts: list[str]) -> SFTTrainer:
         "output_dir": str(out),
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
-        "learning_rate": 5e-3,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "linear",
         "logging_steps": 4,
         "save_strategy": "no",
@@ -100,7 +100,7 @@ def test_a_guarded_run_learns_the_set_and_verifies(
     config = make_config(
         signature=SignatureConfig(budget=0.06, last_epochs=1.0),
         triggers=TriggerConfig(
-            count=10, batch_size=10, every_n_steps=1, start=0.25, weight=2.0, contexts=0.25, replay=2
+            count=10, batch_size=10, every_n_steps=1, start=0.25, strength=0.5, contexts=0.25, replay=2
         ),
     )
     trainer = _trainer(form, tmp_path / "out", texts)
