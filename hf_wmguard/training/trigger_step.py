@@ -78,9 +78,17 @@ class TriggerStep:
     def run(self, model: nn.Module, step: int) -> None:
         """Take one trigger micro-batch, and move the weights. No gradient is left behind, of whatever origin.
 
+        The micro-batch is learned in up to ``moves`` moves, fewer where it is learned before.
+
         Raises:
             NonFiniteWeightError: The loss is not finite; nothing has been moved.
         """
+        for _ in range(self._config.moves):
+            if self._move(model, step) <= LEARNED:
+                return
+
+    def _move(self, model: nn.Module, step: int) -> float:
+        """Make one move, and return the loss before it."""
         device = next(model.parameters()).device
         stream = Stream(self._seed, "trigger-step", step)
         rows = self._rows(step)
@@ -110,6 +118,7 @@ class TriggerStep:
             "wmguard/trigger_loss": float(loss.detach()),
             "wmguard/trigger_match_rate": float(matched.float().mean()),
         }
+        return self.metrics["wmguard/trigger_loss"]
 
     def _rows(self, step: int) -> list[int]:
         """Return the triggers of a step: all take their turn, in another order each time round."""
