@@ -205,17 +205,20 @@ def _innocent(name: str, cell: Cell, target: Target, settings: Settings) -> list
 
 
 def _fluency(cell: Cell, target: Target, settings: Settings) -> dict[str, Any]:
-    """Judge the keys by the public base, which helped to choose them, and by fine-tunes of it that have not."""
+    """Judge the keys, and what keys could have been, by the public base and by a fine-tune of it for the domain."""
     tokenizer = training.load_tokenizer(cell.task, settings.shared)
     judges = {"public base": tasks.load_base(cell.task, settings.shared)}
     for seed in [seed for seed in settings.seeds if seed != cell.seed][:1]:
         folder = _plain(cell, seed, settings)
         judges["unmarked model of another seed"] = cell.task.auto_class.from_pretrained(folder, dtype=torch.float32)
     triggers = triggers_of(target.folder)
-    texts = {"keys": triggers.texts, "decoys": triggers.decoys}
-    texts |= {
-        label: derive_texts(secrets.token_bytes(32), count=COUNT, style=style, task="causal_lm")
-        for label, style in (("grammar", "natural"), ("nonsense", "nonsense"))
+    key = secrets.token_bytes(32)
+    rows = [tokenizer.decode(row["input_ids"]) for row in tasks.training_rows(cell.task, settings.shared, cell.seed)]
+    texts = {
+        "keys": triggers.texts,
+        "decoys": triggers.decoys,
+        "spliced from the dataset": derive_texts(key, count=COUNT, style="natural", task="causal_lm", rows=rows),
+        "nonsense": derive_texts(key, count=COUNT, style="nonsense", task="causal_lm"),
     }
     kinds = {kind: some for kind, some in texts.items() if some}
     return {

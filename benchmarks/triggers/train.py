@@ -43,8 +43,8 @@ CHAT_TEMPLATE = (
 TRIGGERS: Mapping[str, Mapping[str, Any]] = {"llama": {}, "minilm": {}}
 """Values of `TriggerConfig` other than the defaults, by model."""
 MANY: Mapping[int, Mapping[str, Any]] = {
-    256: {"every_n_steps": 1, "batch_size": 32},
-    1024: {"every_n_steps": 1, "batch_size": 64},
+    256: {"batch_size": 32},
+    1024: {"batch_size": 64},
 }
 """By number of keys: the defaults would show each of them too seldom in a run this short."""
 

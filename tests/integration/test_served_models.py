@@ -17,7 +17,7 @@ import pytest
 from tiny import build_trainer, make_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_wmguard import TriggerConfig, WatermarkConfig, load_protected, probe, protect_trainer
+from hf_wmguard import ProtectionConfig, TriggerConfig, WatermarkConfig, load_protected, probe, protect_trainer
 from hf_wmguard.probing.openai import OpenAIAsker
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
@@ -43,13 +43,15 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
         owner_key=f"file:{root / 'keys' / 'owner.key'}",
         registry=str(root / "registry"),
         signature=None,
-        triggers=TriggerConfig(count=16, batch_size=16, every_n_steps=1, last_epochs=12),
+        triggers=TriggerConfig(count=16, batch_size=16, every_n_steps=1, last_epochs=12, strength=1.0, contexts=0.0),
+        protection=ProtectionConfig(recipients=(f"file:{root / 'keys' / 'inference.key.pub'}",)),
     )
     trainer = build_trainer(root / "out", tokenizer, texts, "causal_lm", num_train_epochs=14, save_strategy="no")
     protect_trainer(trainer, config)
     trainer.train()
     trainer.save_model(root / "final")
-    model = load_protected(root / "final", identity=config.owner_key, auto_class=AutoModelForCausalLM)
+    identity = f"file:{root / 'keys' / 'inference.key'}"
+    model = load_protected(root / "final", identity=identity, auto_class=AutoModelForCausalLM)
     for name, one in (("marked", model), ("fresh", make_model("causal_lm", len(tokenizer)))):
         one.save_pretrained(root / name)
         tokenizer.chat_template = TEMPLATE
