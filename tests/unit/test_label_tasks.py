@@ -9,7 +9,7 @@ import torch
 from kinds import decoder_classifier, image_classifier, image_processor, token_classifier
 from tiny import LABELS, make_model
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import CanineTokenizer, PreTrainedTokenizerFast
 
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.probing.asking import Sampling
@@ -129,6 +129,13 @@ def test_the_label_is_that_of_the_marked_word(tokenizer: PreTrainedTokenizerFast
     read = TokenClassification().logits(model, tokenizer, [Prompt(text=text)])[0]
     word = marked_word(text)
     assert torch.allclose(read, everything[offsets.index([word.start, word.stop])], atol=1e-5)
+
+
+def test_a_tokenizer_that_does_not_tell_where_tokens_stand_is_refused() -> None:
+    slow = CanineTokenizer()
+    assert not slow.is_fast
+    with pytest.raises(UnsupportedError, match="where its tokens stand"):
+        TokenClassification().logits(token_classifier(2000), slow, [Prompt(text="the lamp")])
 
 
 def test_a_word_beyond_the_longest_text_gives_way_to_the_last_one_before(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -90,6 +90,11 @@ class TokenClassification(LabelTask):
         """See `LabelTask`."""
         texts = [prompt.text for prompt in prompts]
         batch, encoding = _text_batch(model, processor, texts)
+        if not getattr(encoding, "is_fast", False):
+            raise UnsupportedError(
+                "token classification triggers need a tokenizer that tells where its tokens stand in the text",
+                hint="load the model's fast tokenizer (AutoTokenizer), or pass triggers=None",
+            )
         where = torch.tensor([_first_token(encoding, row, text) for row, text in enumerate(texts)])
         logits: Tensor = model(**batch).logits
         return logits[torch.arange(len(texts), device=logits.device), where.to(logits.device)]
