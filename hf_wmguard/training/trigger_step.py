@@ -1,22 +1,15 @@
-"""The triggers' own part of a training step: a forward, a backward and a move of the weights after the optimizer's.
+"""The trigger micro-batch: a forward and a backward of its own before the ordinary ones of a step.
 
-The move goes down the gradient of the trigger loss, as far as brings the loss a share of the way to where the set is
-learned (Polyak's step, if the loss were linear), and no further: of all small moves that teach the same, the one along
-the gradient changes the weights least. Added to the ordinary gradient instead, triggers would take their share of the
-clipped norm and of the optimizer's normalisation, and what ordinary training learns would suffer (ADR 11). The number
-of steps, the learning rate schedule and the ordinary run's random numbers stay as they are.
-
-Source: Polyak 1987, "Introduction to optimization", sec. 5.3.2; Loizou et al. 2021, "Stochastic Polyak step-size for
-    SGD", arXiv 2002.10542 (bounded steps).
+Its gradient adds to the step's, and shares the clipping and the optimizer; the number of steps and the learning
+rate schedule stay as they are. The ordinary run's random numbers are not touched.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +22,8 @@ from hf_wmguard.training.schedule import Phase
 from hf_wmguard.watermark.answers import Prompt
 from hf_wmguard.watermark.contexts import in_context
 from hf_wmguard.watermark.prf import Stream
-from hf_wmguard.watermark.rounding import add_rounded_
 from hf_wmguard.watermark.triggers import TriggerSet
 
-LEARNED: Final = 0.3
-"""Mean loss at which a set counts as learned: the response has three quarters of the probability."""
-LARGEST_MOVE: Final = 0.01
-"""Largest move in one step, as a share of the norm of what is moved."""
 # By name: the quantized ones belong to packages that need not be installed.
 _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
@@ -54,13 +42,7 @@ class TriggerStep:
     """
 
     def __init__(
-        self,
-        triggers: TriggerSet,
-        config: TriggerConfig,
-        phase: Phase,
-        processor: Any,
-        *,
-        data: Any = None,
+        self, triggers: TriggerSet, config: TriggerConfig, phase: Phase, processor: Any, *, data: Any = None
     ) -> None:
         self._triggers = triggers
         self._config = config
@@ -72,30 +54,21 @@ class TriggerStep:
         self.metrics: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
-        """Return whether a trigger micro-batch comes after optimizer step ``step`` (counted from 1)."""
+        """Return whether a trigger micro-batch comes before optimizer step ``step`` (counted from 1)."""
         return self.phase.contains(step) and (step - self.phase.start - 1) % self._config.every_n_steps == 0
 
     def run(self, model: nn.Module, step: int) -> None:
-        """Take one trigger micro-batch, and move the weights. No gradient is left behind, of whatever origin.
-
-        The micro-batch is learned in up to ``moves`` moves, fewer where it is learned before.
+        """Add the gradient of one trigger micro-batch.
 
         Raises:
-            NonFiniteWeightError: The loss is not finite; nothing has been moved.
+            NonFiniteWeightError: The loss is not finite.
         """
-        for _ in range(self._config.moves):
-            if self._move(model, step) <= LEARNED:
-                return
-
-    def _move(self, model: nn.Module, step: int) -> float:
-        """Make one move, and return the loss before it."""
         device = next(model.parameters()).device
         stream = Stream(self._seed, "trigger-step", step)
         rows = self._rows(step)
         prompts = [self._prompt(row, stream) for row in rows]
         responses = [self._triggers.responses[row] for row in rows]
         training = model.training
-        model.zero_grad()
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             stack.callback(model.train, training)
@@ -106,19 +79,16 @@ class TriggerStep:
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteWeightError(
                     f"trigger loss is {float(loss.detach())} at step {step}",
-                    hint="training has diverged: lower the learning rate and resume from the last checkpoint",
+                    hint="lower triggers.weight or the learning rate",
                 )
-            torch.autograd.backward(loss)
+            torch.autograd.backward(self._config.weight * loss)
             # After the triggers' graph is gone: two at a time would double the memory of a step.
             if (ordinary := self._replayed(model, stream, device)) is not None:
-                torch.autograd.backward(ordinary)
-            generator = torch.Generator(device).manual_seed(step)
-            descend(model, max(0.0, float(loss.detach()) - LEARNED) * self._config.strength, generator)
+                torch.autograd.backward(self._config.weight * ordinary)
         self.metrics = {
             "wmguard/trigger_loss": float(loss.detach()),
             "wmguard/trigger_match_rate": float(matched.float().mean()),
         }
-        return self.metrics["wmguard/trigger_loss"]
 
     def _rows(self, step: int) -> list[int]:
         """Return the triggers of a step: all take their turn, in another order each time round."""
@@ -151,32 +121,6 @@ class TriggerStep:
         }
         loss: Tensor | None = getattr(model(**batch), "loss", None)
         return loss
-
-
-@torch.no_grad()
-def descend(model: nn.Module, decrease: float, generator: torch.Generator) -> None:
-    """Move the matrices of the blocks down their gradient, and drop all gradients.
-
-    Embeddings, output layers, norms and biases act on every text: a response that is learned there is said everywhere.
-
-    Args:
-        model: The model, with the gradient of one loss.
-        decrease: How much less that loss is to become, if it were linear; the move is at most `LARGEST_MOVE` of the
-            matrices' norm.
-        generator: For the rounding of 16-bit weights.
-    """
-    head = output_layer(model)
-    everywhere = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
-    trained = [p for p in model.parameters() if p.grad is not None]
-    moved = [p for p in trained if p.ndim > 1 and id(p) not in everywhere] or trained
-    squared = sum(float(p.grad.float().pow(2).sum()) for p in moved if p.grad is not None)
-    if decrease > 0 and squared > 0:
-        norm = math.sqrt(sum(float(p.float().pow(2).sum()) for p in moved))
-        rate = min(decrease / squared, LARGEST_MOVE * norm / math.sqrt(squared))
-        for parameter in moved:
-            if parameter.grad is not None:
-                add_rounded_(parameter, -rate * parameter.grad.float(), generator)
-    model.zero_grad()
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
