@@ -115,10 +115,11 @@ def test_weight_change_and_projections(marked: Marked) -> None:
     assert marked.plan.projections == marked.embedded.projections
     assert marked.plan.carriers == marked.embedded.carriers == marked.plan.matrices == LAYERS
     # Shifts are uniform: squares have mean D^2 / 12 and variance D^4 / 180, and a norm varies half as much. The few
-    # hundred large steps make most of it.
+    # hundred large steps make most of it. Directions of one tile are not quite orthogonal, which adds to that: over 25
+    # keys the difference was -1 of these deviations in the mean and varied by 1.6 of them.
     squares = sum(count * step**2 for step, count in marked.plan.steps) / 12
     deviation = (sum(count * step**4 for step, count in marked.plan.steps) / 180) ** 0.5 / squares / 2
-    assert marked.embedded.weight_change == pytest.approx(marked.plan.weight_change, rel=4 * deviation)
+    assert marked.embedded.weight_change == pytest.approx(marked.plan.weight_change, rel=10 * deviation)
     assert marked.plan.weight_change <= BUDGET
 
 
