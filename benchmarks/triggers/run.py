@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fluency
 import measure
@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from settings import INNOCENT, ROWS, Row, is_head
 from tasks import TASKS
-from train import COUNT, Cell, triggers_of
+from train import COUNT, Cell, Mark, triggers_of
 from trainer import DEFAULT_SHARED
 
 from hf_wmguard import WmguardError
@@ -270,7 +270,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
     ]
     cells += [
         Cell(model=model, seed=seed, mark=mark)
-        for mark in ("triggers", "signature", "plain")
+        for mark in arguments.marks
         for model in arguments.models
         for seed in arguments.seeds
     ]
@@ -325,6 +325,9 @@ def _parse() -> argparse.Namespace:
         "--counts", nargs="*", type=int, default=[16, COUNT, 256, 1024], help="numbers of keys for the curve (llama)"
     )
     parser.add_argument("--styles", nargs="*", default=["nonsense"], help="other styles, on seed 1")
+    parser.add_argument(
+        "--marks", nargs="+", choices=get_args(Mark), default=["triggers", "signature", "plain"], help="which runs"
+    )
     parser.add_argument("--rows", nargs="*", help="only rows whose names begin so")
     parser.add_argument("--triggers", type=json.loads, default={}, help="values of TriggerConfig, as JSON")
     return parser.parse_args()
