@@ -84,6 +84,8 @@ class Report:
         commitment: Time and hash of the registry entry made before training; whether it bears a timestamp.
         suspect: Where it was read or asked, the SHA-256 over its weight files (None in memory), and behind an API the
             name of the model.
+        transcript: Where the answers are from that the weights were judged with: address, model, when they were asked,
+            and the SHA-256 of the transcript's last line; None for any other report.
         reason: Why the verdict is ``inconclusive``, in words; None otherwise.
     """
 
@@ -98,6 +100,7 @@ class Report:
     triggers: TriggerResult | None
     commitment: dict[str, Any]
     suspect: dict[str, str | None] = field(default_factory=dict)
+    transcript: dict[str, str | None] | None = None
     reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -6,27 +6,29 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_wmguard.container.recipients import Identity, X25519Identity, load_identity
-from hf_wmguard.errors import ConfigError, RegistryError
+from hf_wmguard.errors import ConfigError, RegistryError, TranscriptError
 from hf_wmguard.evidence.recording import Transcript
-from hf_wmguard.evidence.registry import Registry
+from hf_wmguard.evidence.transcript import check_transcript
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.probing.asking import Asker, Sampling
 from hf_wmguard.probing.calling import CallableAsker
 from hf_wmguard.probing.local import LocalAsker
 from hf_wmguard.probing.openai import OpenAIAsker
 from hf_wmguard.probing.plan import Plan
-from hf_wmguard.probing.session import Outcome, Progress, SetResult, run
+from hf_wmguard.probing.session import Outcome, Progress, SetResult, rescore, run
 from hf_wmguard.protect import Committed
-from hf_wmguard.reports import Method, Report, SignatureResult, TriggerResult, Verdict
+from hf_wmguard.reports import Method, Report, SignatureResult, TriggerResult
 from hf_wmguard.suspects.reader import digest, open_suspect
 from hf_wmguard.suspects.signature import Attempt, read_attempts
-from hf_wmguard.watermark.pvalues import log10_bonferroni
+from hf_wmguard.verdicts import check_alpha, find_commitments, make_report, too_little_answered, trigger_result
+from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_fuse
 from hf_wmguard.watermark.signature import Reading, Score
 from hf_wmguard.watermark.triggers import TEXT_TASKS, TriggerSet
 
@@ -43,9 +45,10 @@ def verify(
     model_id: str | None = None,
     identity: str | None = None,
     original: Source | None = None,
+    transcript: str | Path | None = None,
     alpha_log10: float = DEFAULT_ALPHA_LOG10,
 ) -> Report:
-    """Judge a suspect by its weights.
+    """Judge a suspect by its weights, and by what it answered where a transcript of a probe is given.
 
     Args:
         suspect: A folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, a protected folder, a state dict or a model.
@@ -55,15 +58,20 @@ def verify(
         identity: Reference to a private key for a protected folder; the owner key opens the owner's own.
         original: The owner's own model, marked or not: the suspect is aligned to it, which undoes permuted, scaled,
             rotated and split parts. Every alignment tried is corrected for.
+        transcript: Finished transcript of a probe of the same suspect: the verdict rests on weights and answers
+            together, whatever either says (`log10_fuse`). Decide for it before either is read.
         alpha_log10: Level of the verdict, log10.
     Raises:
         RegistryError: The registry holds no commitment to judge by.
         AuthenticationError: The owner key is not the registry's.
         NotFoundError, FormatError: The suspect cannot be read.
+        TranscriptError: The transcript is unfinished, was changed, or is signed by another.
     """
-    _check_alpha(alpha_log10)
+    check_alpha(alpha_log10)
     owner = OwnerKey.load(owner_key)
-    candidates = [one for one in _committed(owner, registry, model_id) if one.record.carriers]
+    committed = find_commitments(owner, registry, model_id)
+    answers = None if transcript is None else _answers(Path(transcript), owner, committed)
+    candidates = [one for one in committed if one.record.carriers]
     if not candidates:
         raise RegistryError(
             f"{registry} commits to no weight signature",
@@ -82,16 +90,62 @@ def verify(
             for one in candidates
             for attempt in read_attempts(one.record, one.record.carrier_keys(owner), opened, original=own)
         ]
-    scored = [(one, attempt, attempt.reading.score()) for one, attempt in tried]
-    best, attempt, score = min(scored, key=lambda item: (item[2].log10_p, not _enough(item[1].reading)))
-    return _report(
-        best,
-        sum(attempt.tests * score.tests for _, attempt, score in scored),
+    read = [_Channels.of(one, [attempt for other, attempt in tried if other is one], answers) for one in candidates]
+    best = min(read, key=lambda one: (one.log10_p, not _enough(one.attempt.reading)))
+    # With answers every commitment is one test, of weights and answers; without them every reading is.
+    tests = sum(one.tests for one in read) if answers is None else best.tests * len(read)
+    lacking = [
+        None if any(_enough(attempt.reading) for _, attempt in tried) else _lacking(best.attempt.reading),
+        None if answers is None else too_little_answered(answers.outcome, answers.plan, len(read), transcript),
+    ]
+    return make_report(
+        best.committed,
+        min(0.0, best.log10_p + math.log10(tests / best.tests)),
+        tests,
         alpha_log10,
-        lacking=None if any(_enough(attempt.reading) for _, attempt in tried) else _lacking(attempt.reading),
-        signature=_signature_result(best, owner, attempt, score),
+        lacking="; ".join(filter(None, lacking)) or None,
+        signature=_signature_result(best.committed, owner, best.attempt, best.score),
+        triggers=None if answers is None else answers.result(best.answered),
         suspect=described.result(),
+        transcript=None if answers is None else answers.about,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Channels:
+    """What weights and answers say about one commitment.
+
+    Args:
+        committed: The commitment.
+        attempt: The reading of the weights that says most.
+        score: Its score.
+        tests: Readings that were scored.
+        answered: What the answers say, None where they were not asked for this commitment.
+    """
+
+    committed: Committed
+    attempt: Attempt
+    score: Score
+    tests: int
+    answered: SetResult | None
+
+    @classmethod
+    def of(cls, committed: Committed, attempts: Sequence[Attempt], answers: _Answers | None) -> _Channels:
+        scored = [(attempt, attempt.reading.score()) for attempt in attempts]
+        attempt, score = min(scored, key=lambda item: (item[1].log10_p, not _enough(item[0].reading)))
+        return cls(
+            committed=committed,
+            attempt=attempt,
+            score=score,
+            tests=sum(attempt.tests * score.tests for attempt, score in scored),
+            answered=None if answers is None else answers.results.get(committed.entry.hash),
+        )
+
+    @property
+    def log10_p(self) -> float:
+        """Of both channels, corrected for the tests within this commitment."""
+        weights = log10_bonferroni(self.score.log10_p, self.tests)
+        return log10_fuse(weights, None if self.answered is None else self.answered.log10_p)
 
 
 def probe(
@@ -140,7 +194,7 @@ def probe(
         TranscriptError: The transcript was changed.
         EndpointError: The suspect answered nothing at all. Where it stops answering later, that is in the report.
     """
-    _check_alpha(alpha_log10)
+    check_alpha(alpha_log10)
     owner = OwnerKey.load(owner_key)
     asker, is_local = _asker_of(suspect, tokenizer)
     plan = Plan(
@@ -153,7 +207,7 @@ def probe(
         chat=isinstance(asker, OpenAIAsker) if chat is None else chat,
         alpha_log10=alpha_log10,
     )
-    tried = _with_triggers(_committed(owner, registry, model_id), asker, registry)
+    tried = _with_triggers(find_commitments(owner, registry, model_id), asker, registry)
     about = _about(suspect, asker, uri)
     with ExitStack() as stack:
         written = None
@@ -163,17 +217,60 @@ def probe(
         sets = [triggers for _, triggers in tried]
         outcome = run(asker, sets, plan, transcript=written, may_be_canned=not is_local, progress=progress)
         best = min(range(len(tried)), key=lambda i: outcome.results[i].log10_p)
-        report = _report(
+        report = make_report(
             tried[best][0],
+            log10_bonferroni(outcome.results[best].log10_p, len(tried)),
             len(tried),
             alpha_log10,
-            lacking=_unanswered(outcome, plan, len(tried), transcript),
-            triggers=_trigger_result(outcome, outcome.results[best], plan),
+            lacking=too_little_answered(outcome, plan, len(tried), transcript),
+            triggers=trigger_result(outcome, outcome.results[best], plan),
             suspect=about,
         )
         if written is not None and outcome.queries and outcome.fault is None:
             written.finish(report.to_json())
     return report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answers:
+    """What a finished transcript says.
+
+    Args:
+        plan: What was fixed before the first question.
+        outcome: What the answers are worth.
+        results: By the hash of the commitment.
+        about: For the report.
+    """
+
+    plan: Plan
+    outcome: Outcome
+    results: Mapping[str, SetResult]
+    about: dict[str, str | None]
+
+    def result(self, of: SetResult | None) -> TriggerResult | None:
+        return None if of is None else trigger_result(self.outcome, of, self.plan)
+
+
+def _answers(path: Path, owner: OwnerKey, committed: Sequence[Committed]) -> _Answers:
+    """Return what a transcript says, judged again from its answers: the verdict in it is not taken over."""
+    contents = check_transcript(path, owner.signing_key().public_key())
+    known = {one.entry.hash: one.record.triggers for one in committed}
+    entries = contents.plan.get("commitments")
+    entries = entries if isinstance(entries, list) else []
+    sets = [known.get(entry) for entry in entries]
+    whole = [one for one in sets if one is not None]
+    if not whole or len(whole) < len(sets):
+        # Triggers of all of them were asked: without their sets the questions cannot be told apart.
+        raise TranscriptError(
+            f"{path} asks triggers that this registry, or this model, does not commit to",
+            hint="check --registry, and leave --model-id out or probe with it too",
+        )
+    plan = Plan.from_json(contents.plan)
+    outcome = rescore(contents, whole, plan)
+    where = contents.plan.get("suspect")
+    asked = where if isinstance(where, dict) else {}
+    about = {"uri": asked.get("uri"), "model": asked.get("model"), "time": contents.time, "sha256": contents.head}
+    return _Answers(plan=plan, outcome=outcome, results=dict(zip(entries, outcome.results, strict=True)), about=about)
 
 
 def _asker_of(suspect: Any, tokenizer: Any) -> tuple[Asker, bool]:
@@ -213,62 +310,6 @@ def _about(suspect: Any, asker: Asker, uri: str | None) -> dict[str, str | None]
     return {"uri": uri or type(suspect).__name__, "sha256": None}
 
 
-def _trigger_result(outcome: Outcome, result: SetResult, plan: Plan) -> TriggerResult:
-    return TriggerResult(
-        log10_p=result.log10_p,
-        matches=result.matches,
-        asked=result.asked,
-        null_rate=result.null_rate,
-        queries=outcome.queries,
-        method=plan.method,
-        tries=plan.tries,
-        unusable=outcome.unusable,
-        decoys=outcome.decoys,
-    )
-
-
-def _unanswered(outcome: Outcome, plan: Plan, tests: int, transcript: str | Path | None) -> str | None:
-    """Say why too little was answered for a missing mark to mean something, or return None where it was enough."""
-    level = f"log10 p <= {plan.alpha_log10:g}"
-    if not outcome.queries:
-        return (
-            f"{outcome.planned} questions cannot reach {level}, even if all triggers match; nothing was asked: "
-            "raise the budget, ask without decoys, or choose a higher level"
-        )
-    if outcome.fault is not None:
-        again = "nothing was kept: use a transcript next time"
-        if transcript is not None:
-            again = f"run the same command again to go on with {transcript}"
-        return f"stopped after {outcome.queries} of {outcome.planned} questions: {outcome.fault.message}; {again}"
-    # Enough is half of the triggers asked, and as many as could have reached the level.
-    for one in outcome.results:
-        if 2 * one.usable >= one.asked and log10_bonferroni(one.best_log10_p, tests) <= plan.alpha_log10:
-            return None
-    return (
-        f"of {outcome.queries} answers {outcome.refused} were refused or empty and {outcome.canned} the same text "
-        f"whatever was asked; what is left cannot show that the mark is missing at {level}"
-    )
-
-
-def _check_alpha(alpha_log10: float) -> None:
-    if not -math.inf < alpha_log10 < 0:
-        raise ConfigError(f"alpha_log10 is {alpha_log10}, expected a number below 0", hint="-9 is usual")
-
-
-def _committed(owner: OwnerKey, registry: str | Path, model_id: str | None) -> list[Committed]:
-    entries = Registry(Path(registry), owner).commitments(model_id)
-    if not entries:
-        what = f"of {model_id}" if model_id else "at all"
-        raise RegistryError(
-            f"{registry} holds no commitment {what}",
-            hint="a claim without a commitment before training is worth nothing",
-        )
-    committed = [Committed.from_entry(entry) for entry in entries]
-    for one in committed:
-        one.record.check(owner)
-    return committed
-
-
 def _signature_result(one: Committed, owner: OwnerKey, attempt: Attempt, score: Score) -> SignatureResult:
     reading = attempt.reading
     # What a projection is worth for the verdict it is worth for the payload.
@@ -298,37 +339,6 @@ def _lacking(reading: Reading) -> str:
     return (
         f"{reading.carriers_read} of {carriers} carriers could be read, with {reading.projections} of "
         f"{reading.soft.numel()} projections; the others are missing, of another shape or dtype, or not finite"
-    )
-
-
-def _report(
-    best: Committed,
-    tests: int,
-    alpha_log10: float,
-    *,
-    lacking: str | None,
-    suspect: dict[str, str | None],
-    signature: SignatureResult | None = None,
-    triggers: TriggerResult | None = None,
-) -> Report:
-    channel = signature or triggers
-    if channel is None:
-        raise ConfigError("a report needs at least one channel")
-    log10_p = log10_bonferroni(channel.log10_p, tests)
-    found: Verdict = "detected" if log10_p <= alpha_log10 else "inconclusive" if lacking else "not_detected"
-    return Report(
-        verdict=found,
-        log10_p=log10_p,
-        alpha_log10=alpha_log10,
-        tests_corrected_for=tests,
-        model_id=best.record.model_id,
-        iteration=best.record.iteration,
-        slot=best.record.slot,
-        signature=signature,
-        triggers=triggers,
-        commitment={"time": best.entry.time, "entry": best.entry.hash, "timestamped": False},
-        suspect=suspect,
-        reason=lacking if found == "inconclusive" else None,
     )
 
 

@@ -44,17 +44,11 @@ class Owned:
         return {text: str(y) for text, y in zip(self.triggers.texts, self.triggers.responses, strict=True)}
 
 
-def make_owned(root: Path, *, count: int = 24, decoys: int = 24, model_id: str = "acme/writer") -> Owned:
-    """Return an owner's commitment to a set of texts, in ``root`` with the owner's key."""
-    path = root / "owner.key"
-    if not path.exists():
-        OwnerKey.generate().write(path)
-    owner, salt = OwnerKey.load(f"file:{path}"), new_salt()
-    names = {"model_id": model_id, "iteration": "1"}
-    key = trigger_key(owner, **names, salt=salt)
+def make_set(key: bytes, *, count: int = 24, decoys: int = 24) -> TriggerSet:
+    """Return a set of texts, each with the same candidates."""
     texts = derive_texts(key, count=count + decoys, style="natural", task="causal_lm")
     candidates = (WORDS,) * count
-    triggers = TriggerSet(
+    return TriggerSet(
         task="causal_lm",
         style="natural",
         texts=texts[:count],
@@ -62,6 +56,16 @@ def make_owned(root: Path, *, count: int = 24, decoys: int = 24, model_id: str =
         responses=derive_responses(key, texts[:count], candidates),
         decoys=texts[count:],
     )
+
+
+def make_owned(root: Path, *, count: int = 24, decoys: int = 24, model_id: str = "acme/writer") -> Owned:
+    """Return an owner's commitment to a set of texts, in ``root`` with the owner's key."""
+    path = root / "owner.key"
+    if not path.exists():
+        OwnerKey.generate().write(path)
+    owner, salt = OwnerKey.load(f"file:{path}"), new_salt()
+    names = {"model_id": model_id, "iteration": "1"}
+    triggers = make_set(trigger_key(owner, **names, salt=salt), count=count, decoys=decoys)
     commit(WatermarkRecord.create(owner, **names, salt=salt, triggers=triggers), root / "registry", owner)
     return Owned(owner_key=f"file:{path}", registry=str(root / "registry"), triggers=triggers)
 

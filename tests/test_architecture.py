@@ -32,6 +32,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("probing",),
     ("metrics",),
     ("protect",),
+    ("verdicts",),
     ("verification", "embedding"),
     ("loading",),
     ("training",),

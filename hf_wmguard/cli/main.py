@@ -113,10 +113,17 @@ def verify(
             "heads, residual channels and moved layers of the suspect are undone by it, and that reading is tried too.",
         ),
     ] = None,
+    transcript: Annotated[
+        Path | None,
+        typer.Option(
+            "--transcript",
+            help="Finished transcript of wmguard probe, of the same suspect: one verdict out of weights and answers.",
+        ),
+    ] = None,
     alpha_log10: AlphaOption = -9.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge a suspect by its weights. Exit 0: detected, 1: not detected or inconclusive."""
+    """Judge a suspect by its weights and, if given, its answers. Exit 0: detected, 1: not detected or inconclusive."""
     from hf_wmguard.verification import verify as judge
 
     with err.status(escape(f"reading {suspect}")):
@@ -127,6 +134,7 @@ def verify(
             model_id=model_id,
             identity=identity,
             original=original,
+            transcript=transcript,
             alpha_log10=alpha_log10,
         )
     print_report(report, as_json)

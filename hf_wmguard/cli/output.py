@@ -102,6 +102,9 @@ def print_report(report: Any, as_json: bool) -> None:
         if report.reason:
             table.add_row("reason", escape(report.reason))
         table.add_row("suspect", escape(" ".join(filter(None, (report.suspect["uri"], report.suspect.get("model"))))))
+        if report.transcript is not None:
+            asked = (report.transcript["uri"], report.transcript["model"], report.transcript["time"])
+            table.add_row("answers of", escape(" ".join(filter(None, asked))))
         table.add_row("level", f"log10 p <= {report.alpha_log10:g}, corrected for {report.tests_corrected_for} tests")
         table.add_row("model", escape(f"{report.model_id} {report.iteration}"))
         for channel in ("signature", "triggers"):

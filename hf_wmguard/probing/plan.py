@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, get_args
 
-from hf_wmguard.errors import ConfigError
+from hf_wmguard.errors import ConfigError, TranscriptError
 from hf_wmguard.evidence.transcript import MAX_LINES, MAX_RANKED, MAX_TEXT_CHARACTERS, MAX_TOKEN_CHARACTERS
 from hf_wmguard.probing.asking import Sampling
 from hf_wmguard.reports import Method
@@ -69,6 +69,21 @@ class Plan:
         numbers = {name: float(values["sampling"][name]) for name in ("temperature", "top_p")}
         values["sampling"] |= numbers
         return values | {"alpha_log10": float(self.alpha_log10)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """Return the plan of a transcript, whatever else its header holds.
+
+        Raises:
+            TranscriptError: It was written by another version, or by hand.
+        """
+        try:
+            own = {one.name: values[one.name] for one in fields(cls)}
+            return cls(**own | {"sampling": Sampling(**own["sampling"])})
+        except (KeyError, TypeError, ConfigError):
+            raise TranscriptError(
+                "the transcript holds no plan of this version", hint="read it with the version that wrote it"
+            ) from None
 
 
 def order_questions(sets: Sequence[TriggerSet], plan: Plan, seed: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hf_wmguard.errors import EndpointError, TranscriptError
 from hf_wmguard.evidence.recording import Transcript
-from hf_wmguard.evidence.transcript import SEED_BYTES, Asked
+from hf_wmguard.evidence.transcript import SEED_BYTES, Asked, Contents
 from hf_wmguard.probing.asking import Asker
 from hf_wmguard.probing.plan import Plan, bounded, canned_text, order_questions
 from hf_wmguard.watermark.answers import Answer, Prompt, normalise, read_answer
@@ -101,13 +101,8 @@ def run(
     state = _State(sets, plan, texts)
     if not state.can_reach():
         return state.outcome(may_be_canned=may_be_canned, fault=None)
-    for asked in transcript.asked if transcript is not None else ():
-        if state.done == len(texts) or asked.prompt != texts[state.done]:
-            raise TranscriptError(
-                f"question {state.done + 1} of the transcript is not the one of this plan",
-                hint="the transcript was edited, or the registry is another one: probe into a new file",
-            )
-        state.add(Answer(text=asked.text, label=asked.label, ranked=asked.ranked, refused=asked.refused))
+    if transcript is not None:
+        state.replay(transcript.asked)
     fault = None
     try:
         _ask(asker, state, plan, transcript, progress)
@@ -116,6 +111,22 @@ def run(
             raise
         fault = error
     return state.outcome(may_be_canned=may_be_canned, fault=fault)
+
+
+def rescore(contents: Contents, sets: Sequence[TriggerSet], plan: Plan) -> Outcome:
+    """Return what the answers of a finished transcript are worth.
+
+    Args:
+        contents: The transcript.
+        sets: Its trigger sets, in the order of its commitments.
+        plan: Its plan.
+    Raises:
+        TranscriptError: The transcript's questions are not those of this plan.
+    """
+    state = _State(sets, plan, order_questions(sets, plan, contents.seed))
+    state.replay(contents.asked)
+    # Who answered is not known any more: texts that are all alike count as canned.
+    return state.outcome(may_be_canned=True, fault=None)
 
 
 def _ask(asker: Asker, state: _State, plan: Plan, transcript: Transcript | None, progress: Progress | None) -> None:
@@ -155,6 +166,16 @@ class _State:
         self._plan = plan
         self._answers: dict[str, list[Answer]] = {}
         self._tests = [_SetTest(one, plan, set(texts)) for one in sets]
+
+    def replay(self, answered: Sequence[Asked]) -> None:
+        """Take over what was asked before."""
+        for one in answered:
+            if self.done == len(self.texts) or one.prompt != self.texts[self.done]:
+                raise TranscriptError(
+                    f"question {self.done + 1} of the transcript is not the one of this plan",
+                    hint="the transcript was edited, or the registry is another one: probe into a new file",
+                )
+            self.add(Answer(text=one.text, label=one.label, ranked=one.ranked, refused=one.refused))
 
     def add(self, answer: Answer) -> None:
         text = self.texts[self.done]
