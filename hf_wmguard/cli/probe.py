@@ -69,8 +69,12 @@ def probe(
     ] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", help="Questions asked of the API at once.")] = 1,
     api_key_env: Annotated[
-        str, typer.Option("--api-key-env", help="Environment variable that holds the API key, if it needs one.")
-    ] = "OPENAI_API_KEY",
+        str | None,
+        typer.Option(
+            "--api-key-env",
+            help="Environment variable that holds the API key; by default OPENAI_API_KEY for api.openai.com alone.",
+        ),
+    ] = None,
     model_id: ModelIdOption = None,
     identity: IdentityOption = None,
     alpha_log10: AlphaOption = -9.0,
@@ -97,10 +101,15 @@ def probe(
         "transcript": transcript,
     }
     if local is not None:
+        from torch import float16
+
         from hf_wmguard.loading import load_suspect
 
         with question_progress(f"loading {local}") as advance:
             suspect, tokenizer = load_suspect(local, identity=identity)
+            if suspect.device.type == "cpu" and suspect.dtype == float16 and not hasattr(suspect, "hf_quantizer"):
+                # CPUs compute in 16 bits many times slower than in 32, and not better.
+                suspect.float()
             report = judge(suspect, tokenizer, uri=str(local), progress=advance, **options)
     else:
         asker = _server(base_url or "", model or "", logprobs=logprobs, concurrency=concurrency, key_env=api_key_env)
@@ -109,11 +118,10 @@ def probe(
     print_report(report, as_json)
 
 
-def _server(base_url: str, model: str, *, logprobs: bool, concurrency: int, key_env: str) -> Any:
+def _server(base_url: str, model: str, *, logprobs: bool, concurrency: int, key_env: str | None) -> Any:
     from hf_wmguard.probing.openai import OpenAIAsker
 
     asker = OpenAIAsker(base_url, model, api_key_env=key_env, logprobs=logprobs, concurrency=concurrency)
     if asker.sends_key:
-        # The server may be the thief's, and the variable may hold a key for somebody else's.
-        err.print(f"{asker.endpoint} is sent the key in {key_env}", markup=False, soft_wrap=True, highlight=False)
+        err.print(f"{asker.endpoint} is sent the API key", markup=False, soft_wrap=True, highlight=False)
     return asker

@@ -21,7 +21,8 @@ from hf_wmguard.probing.asking import Sampling
 from hf_wmguard.probing.calling import prompt_text
 from hf_wmguard.watermark.answers import Answer, Prompt
 
-API_KEY_ENV: Final = "OPENAI_API_KEY"
+OWN_KEY_ENV: Final = "OPENAI_API_KEY"
+OWN_HOST: Final = "api.openai.com"
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024
 MAX_RETRIES: Final = 5
 MAX_CONCURRENCY: Final = 64
@@ -45,7 +46,8 @@ class OpenAIAsker:
     Args:
         base_url: Up to and with ``/v1``. A user and password in it are sent as basic authentication, in place of a key.
         model: Name of the model there.
-        api_key_env: Environment variable that holds the API key; none is sent where it is not set.
+        api_key_env: Environment variable that holds the API key; none is sent where it is not set. By default
+            `OWN_KEY_ENV` at `OWN_HOST`, and no key at any other server: it may be the thief's.
         logprobs: Ask for the likeliest first tokens, until the server refuses or ignores that.
         concurrency: Questions asked at once, 1 to `MAX_CONCURRENCY`. Answers come in order.
         max_retries: How often one question is asked again.
@@ -65,7 +67,7 @@ class OpenAIAsker:
         base_url: str,
         model: str,
         *,
-        api_key_env: str = API_KEY_ENV,
+        api_key_env: str | None = None,
         logprobs: bool = True,
         concurrency: int = 1,
         max_retries: int = MAX_RETRIES,
@@ -80,8 +82,9 @@ class OpenAIAsker:
         self.at_once = concurrency
         self._logprobs = logprobs
         self._length = "max_tokens"
-        self._key = _read_key(api_key_env)
-        self._key_env = api_key_env
+        own = OWN_KEY_ENV if urlsplit(base_url).hostname == OWN_HOST else None
+        self._key_env = api_key_env or own
+        self._key = _read_key(self._key_env) if self._key_env else ""
         self.sends_key = bool(self._key) and urlsplit(base_url).username is None
         self._client = _make_client(base_url, self._key, max_retries=max_retries, timeout_s=timeout_s)
 
@@ -205,7 +208,8 @@ class OpenAIAsker:
 
     def _hint(self, status: int) -> str:
         if status in (401, 403):
-            return f"set the environment variable {self._key_env} to an API key that may use {self.model}"
+            name = self._key_env or "NAME, named with --api-key-env,"
+            return f"set the environment variable {name} to an API key that may use {self.model}"
         if status == 404:
             return f"check --model {self.model} and --base-url, which ends in /v1, and --api chat or completions"
         if status == 429:

@@ -37,6 +37,7 @@ REPORT = {
     "triggers",
     "commitment",
     "suspect",
+    "transcript",
     "reason",
 }
 SIGNATURE = {
@@ -254,6 +255,24 @@ def test_probe_of_another_model(wmguard: Command, guarded: Run, unmarked: Path) 
     done = wmguard("probe", "--local", unmarked, *_where(guarded), "--json")
     assert done.code == 1
     assert json.loads(done.out)["verdict"] == "not_detected"
+
+
+def test_verify_with_the_answers_of_a_probe(wmguard: Command, guarded: Run, tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    asked = wmguard(
+        "probe", "--local", guarded.final, *_where(guarded), "--identity", guarded.identity, "--transcript", path
+    )
+    assert asked.code == 0
+    done = wmguard("verify", guarded.final, *_where(guarded), "--transcript", path, "--json")
+    report = json.loads(done.out)
+    assert (done.code, report["verdict"]) == (0, "detected")
+    assert report["triggers"]["matches"] > 0
+    assert report["signature"]["payload_decoded"]
+    assert report["transcript"]["uri"] == str(guarded.final)
+    assert "answersof" in _text(wmguard("verify", guarded.final, *_where(guarded), "--transcript", path).out, column=0)
+    # Without its last line it is no evidence of anything.
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    _is_error(wmguard("verify", guarded.final, *_where(guarded), "--transcript", path), 3)
 
 
 def _no_config(folder: Path) -> None:

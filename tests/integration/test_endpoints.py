@@ -21,6 +21,7 @@ from hf_wmguard.probing.openai import MAX_BODY_BYTES, OpenAIAsker, endpoint_of
 from hf_wmguard.watermark.answers import Answer, Prompt
 
 KEY = "sk-very-secret-0123456789"
+KEYED = {"api_key_env": "OPENAI_API_KEY"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def other(question: str) -> str:
 
 
 def asker(url: str, **changes: object) -> OpenAIAsker:
-    _open.append(OpenAIAsker(url, "suspect", **{"max_retries": 1, "timeout_s": 5, **changes}))  # type: ignore[arg-type]
+    _open.append(OpenAIAsker(url, "suspect", **{"max_retries": 1, "timeout_s": 5, **KEYED, **changes}))  # type: ignore[arg-type]
     return _open[-1]
 
 
@@ -316,6 +317,20 @@ def test_a_key_that_is_none_is_refused_without_repeating_it(monkeypatch: pytest.
     for change in ({"concurrency": 0}, {"concurrency": 65}, {"model": ""}):
         with pytest.raises(ConfigError):
             OpenAIAsker(**{"base_url": "http://localhost/v1", "model": "m", **change})  # type: ignore[arg-type]
+
+
+def test_a_key_that_is_not_named_goes_to_its_own_server_alone() -> None:
+    with serving(lambda question, before: failure(401, "no key")) as server, pytest.raises(EndpointError) as caught:
+        ask(server.url, api_key_env=None)
+    assert KEY not in str(server.requests[0]["headers"])
+    assert "--api-key-env" in caught.value.hint
+    for url in (
+        "https://api.openai.com.evil.example/v1",
+        "https://evil.example/api.openai.com",
+        "https://openai.com/v1",
+    ):
+        assert not asker(url, api_key_env=None).sends_key
+    assert asker("https://api.openai.com/v1", api_key_env=None).sends_key
 
 
 def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
