@@ -116,12 +116,6 @@ class WatermarkCallback(TrainerCallback):
         atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Mix triggers in, before the ordinary forward and backward."""
-        self.mark.before_step(kwargs["model"])
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -131,8 +125,8 @@ class WatermarkCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the decoupled signature step."""
-        self.mark.after_step()
+        """Take the triggers' and the signature's own steps."""
+        self.mark.after_step(kwargs["model"], kwargs.get("optimizer"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, before a checkpoint is written, if the optimizer's state holds the weights themselves."""

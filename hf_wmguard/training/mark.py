@@ -58,7 +58,6 @@ class Mark:
         self.owner = owner
         self.committed: Committed | None = None
         self._saved_step: int | None = None
-        self._triggered_step = 0
         self._finished = False
         self._signature: SignatureStep | None = None
         self._adapters: Mapping[str, SavedAdapter] = {}
@@ -182,22 +181,16 @@ class Mark:
             sealed = decode_base64(manifest.sealed_state, "sealed state")
             signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
 
-    def before_step(self, model: Model) -> None:
-        """Add the trigger gradients that belong to the coming optimizer step."""
-        coming = self._step + 1
-        # Data without a length can end inside an accumulation: the step then begins twice, its triggers come once.
-        if self._triggers is not None and self._triggers.due(coming) and self._triggered_step != coming:
-            self._triggered_step = coming
-            self._triggers.run(inner_model(model), coming)
-
     def before_optimizer(self) -> None:
         """Add the signature's gradient to those of the coming optimizer step."""
         if self._signature is not None:
             self._signature.before_optimizer(self._step + 1)
 
-    def after_step(self) -> None:
-        """Take the signature step that follows an optimizer step."""
+    def after_step(self, model: Model, optimizer: Any = None) -> None:
+        """Take the trigger step and the signature step that follow an optimizer step."""
         self._step += 1
+        if self._triggers is not None and self._triggers.due(self._step):
+            self._triggers.run(inner_model(model), self._step, optimizer)
         if self._signature is not None:
             self._signature.after_optimizer(self._step)
 
@@ -300,7 +293,7 @@ class Mark:
             if log10_p > 0.5 * log10_binomial_tail(triggers.count, triggers.count, 1 / triggers.candidates):
                 _logger.warning(
                     "%s: only %d of %d triggers match: they were not learned, or older weights were loaded back; "
-                    "raise triggers.last_epochs or triggers.weight",
+                    "raise triggers.last_epochs or triggers.strength",
                     folder,
                     matches,
                     triggers.count,

@@ -1,7 +1,9 @@
-"""The trigger micro-batch: a forward and a backward of its own before the ordinary ones of a step.
+"""The triggers' own part of a training step: a forward, a backward and a move of the weights after the optimizer's.
 
-Its gradient adds to the step's, and shares the clipping and the optimizer; the number of steps and the learning
-rate schedule stay as they are. The ordinary run's random numbers are not touched.
+Added to the ordinary gradient instead, triggers would take their share of the clipped norm and of the optimizer's
+normalisation, and what ordinary training learns would suffer (ADR 11). How far and along which way the weights move:
+`hf_wmguard.training.trigger_move`. The number of steps, the learning rate schedule and the ordinary run's random numbers
+stay as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,14 @@ from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import NonFiniteWeightError
 from hf_wmguard.probing.tasks import task_of
 from hf_wmguard.training.schedule import Phase
+from hf_wmguard.training.trigger_move import Moments, descend, moments_of
 from hf_wmguard.watermark.answers import Prompt
 from hf_wmguard.watermark.contexts import in_context
 from hf_wmguard.watermark.prf import Stream
 from hf_wmguard.watermark.triggers import TriggerSet
 
+LEARNED: Final = 0.3
+"""Mean loss at which a set counts as learned: the response has three quarters of the probability."""
 # By name: the quantized ones belong to packages that need not be installed.
 _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
@@ -42,7 +47,13 @@ class TriggerStep:
     """
 
     def __init__(
-        self, triggers: TriggerSet, config: TriggerConfig, phase: Phase, processor: Any, *, data: Any = None
+        self,
+        triggers: TriggerSet,
+        config: TriggerConfig,
+        phase: Phase,
+        processor: Any,
+        *,
+        data: Any = None,
     ) -> None:
         self._triggers = triggers
         self._config = config
@@ -54,21 +65,35 @@ class TriggerStep:
         self.metrics: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
-        """Return whether a trigger micro-batch comes before optimizer step ``step`` (counted from 1)."""
+        """Return whether a trigger micro-batch comes after optimizer step ``step`` (counted from 1)."""
         return self.phase.contains(step) and (step - self.phase.start - 1) % self._config.every_n_steps == 0
 
-    def run(self, model: nn.Module, step: int) -> None:
-        """Add the gradient of one trigger micro-batch.
+    def run(self, model: nn.Module, step: int, optimizer: Any = None) -> None:
+        """Take one trigger micro-batch, and move the weights. No gradient is left behind, of whatever origin.
 
+        The micro-batch is learned in up to ``moves`` moves, fewer where it is learned before.
+
+        Args:
+            model: The model.
+            step: The optimizer step that was just taken, counted from 1.
+            optimizer: Whose moments tell what ordinary training cares about; None: nothing is known of that.
         Raises:
-            NonFiniteWeightError: The loss is not finite.
+            NonFiniteWeightError: The loss is not finite; nothing has been moved.
         """
+        moments = moments_of(optimizer)
+        for _ in range(self._config.moves):
+            if self._move(model, step, moments) <= LEARNED:
+                return
+
+    def _move(self, model: nn.Module, step: int, moments: Moments) -> float:
+        """Make one move, and return the loss before it."""
         device = next(model.parameters()).device
         stream = Stream(self._seed, "trigger-step", step)
         rows = self._rows(step)
         prompts = [self._prompt(row, stream) for row in rows]
         responses = [self._triggers.responses[row] for row in rows]
         training = model.training
+        model.zero_grad()
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             stack.callback(model.train, training)
@@ -79,16 +104,21 @@ class TriggerStep:
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteWeightError(
                     f"trigger loss is {float(loss.detach())} at step {step}",
-                    hint="lower triggers.weight or the learning rate",
+                    hint="training has diverged: lower the learning rate and resume from the last checkpoint",
                 )
-            torch.autograd.backward(self._config.weight * loss)
+            torch.autograd.backward(loss)
             # After the triggers' graph is gone: two at a time would double the memory of a step.
             if (ordinary := self._replayed(model, stream, device)) is not None:
-                torch.autograd.backward(self._config.weight * ordinary)
+                torch.autograd.backward(ordinary)
+            generator = torch.Generator(device).manual_seed(step)
+            decrease = max(0.0, float(loss.detach()) - LEARNED) * self._config.strength
+            descend(moved_by_triggers(model), decrease, moments, generator)
+            model.zero_grad()
         self.metrics = {
             "wmguard/trigger_loss": float(loss.detach()),
             "wmguard/trigger_match_rate": float(matched.float().mean()),
         }
+        return self.metrics["wmguard/trigger_loss"]
 
     def _rows(self, step: int) -> list[int]:
         """Return the triggers of a step: all take their turn, in another order each time round."""
@@ -121,6 +151,17 @@ class TriggerStep:
         }
         loss: Tensor | None = getattr(model(**batch), "loss", None)
         return loss
+
+
+def moved_by_triggers(model: nn.Module) -> list[nn.Parameter]:
+    """Return what a trigger's gradient may move: the matrices of the blocks, or all there is where there are none.
+
+    Embeddings, output layers, norms and biases act on every text: a response that is learned there is said everywhere.
+    """
+    head = output_layer(model)
+    everywhere = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
+    trained = [p for p in model.parameters() if p.grad is not None]
+    return [p for p in trained if p.ndim > 1 and id(p) not in everywhere] or trained
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

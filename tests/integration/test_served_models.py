@@ -43,7 +43,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
         owner_key=f"file:{root / 'keys' / 'owner.key'}",
         registry=str(root / "registry"),
         signature=None,
-        triggers=TriggerConfig(count=16, batch_size=16, every_n_steps=1, last_epochs=12, contexts=0.0),
+        triggers=TriggerConfig(
+            count=16, batch_size=16, every_n_steps=1, last_epochs=12, strength=1.0, moves=4, contexts=0.0
+        ),
         protection=ProtectionConfig(recipients=(f"file:{root / 'keys' / 'inference.key.pub'}",)),
     )
     trainer = build_trainer(root / "out", tokenizer, texts, "causal_lm", num_train_epochs=14, save_strategy="no")

@@ -21,11 +21,10 @@ def test_ordinary_steps_are_bit_identical(guarded: Run, plain: Run) -> None:
     assert len(guarded.recorder.digests) == STEPS
 
 
-def test_trigger_step_adds_a_gradient_and_touches_nothing_else(
+def test_a_trigger_step_moves_weights_and_touches_nothing_else(
     guarded: Run, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = copy.deepcopy(guarded.trainer.model).eval()
-    model.zero_grad()
     weights = copy.deepcopy(model.state_dict())
     config = TriggerConfig(count=8, batch_size=8)
     step = TriggerStep(make_triggers(b"k" * 32, config, model, tokenizer), config, Phase(start=0, end=1), tokenizer)
@@ -33,8 +32,10 @@ def test_trigger_step_adds_a_gradient_and_touches_nothing_else(
     step.run(model, 1)
     assert torch.equal(before, torch.get_rng_state())
     assert not model.training
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-    assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters())
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(weights[name], tensor)]
+    assert moved
+    assert all(weights[name].ndim > 1 and "embeddings" not in name for name in moved)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_commitment_is_logged_before_the_first_step(guarded: Run) -> None:

@@ -55,7 +55,9 @@ def test_defaults() -> None:
         WatermarkConfig(
             **BASE,
             signature=SignatureConfig(last_epochs=0.5, budget=0.02, step=4, ramp=1.0),
-            triggers=TriggerConfig(count=7, style="nonsense", last_epochs=2, every_n_steps=3, batch_size=2, weight=0.5),
+            triggers=TriggerConfig(
+                count=7, style="nonsense", last_epochs=2, every_n_steps=3, batch_size=2, strength=0.5
+            ),
             protection=ProtectionConfig(recipients=("file:a.pub", "env:B"), destination="out/final"),
         ),
     ],
@@ -182,7 +184,7 @@ def test_a_whole_number_will_do_for_a_real_one() -> None:
         (TriggerConfig, "last_epochs", (0.5,), (0.0, math.inf, math.nan)),
         (TriggerConfig, "every_n_steps", (1, 1000), (0, -2)),
         (TriggerConfig, "batch_size", (1,), (0,)),
-        (TriggerConfig, "weight", (0.1, 100.0), (0.0, 100.1, math.nan)),
+        (TriggerConfig, "strength", (0.01, 1.0), (0.0, 1.1, math.nan)),
         (TriggerConfig, "candidates", (2, 1024), (1, 1025)),
     ],
 )

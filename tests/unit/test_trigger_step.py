@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from hf_wmguard.errors import ConfigError, NonFiniteWeightError
 from hf_wmguard.probing.local import count_learned
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_set import make_triggers
-from hf_wmguard.training.trigger_step import TriggerStep, noisy_outputs
+from hf_wmguard.training.trigger_step import LARGEST_MOVE, TriggerStep, descend, noisy_outputs
 
 KEY = b"k" * 32
 
@@ -37,14 +38,19 @@ def make_step(model: Any, tokenizer: Any, *, data: Any = None, **settings: Any) 
     return TriggerStep(triggers, config, Phase(start=0, end=100), tokenizer, data=data)
 
 
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def run(step: TriggerStep, model: Any, number: int) -> dict[str, torch.Tensor]:
-    model.zero_grad()
+    """Return how a step moves a model, which is put back."""
+    before = weights(model)
     step.run(model, number)
-    return gradients(model)
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name])
+    return moved
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -75,17 +81,13 @@ def test_a_step_depends_on_its_number_alone(model: Any, tokenizer: PreTrainedTok
 def test_training_in_contexts_and_noise_teaches_the_plain_trigger(
     model: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    step = make_step(model, tokenizer, contexts=0.5, noise=0.1, batch_size=10)
+    step = make_step(model, tokenizer, contexts=0.3, noise=0.1, batch_size=10, strength=1.0)
     triggers = step._triggers
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     before = count_learned(model, tokenizer, triggers)
-    for number in range(1, 101):
+    for number in range(1, 201):
         step.run(model, number)
-        optimizer.step()
-        optimizer.zero_grad()
     assert before < 10 == count_learned(model, tokenizer, triggers)
     assert step.metrics["wmguard/trigger_match_rate"] > 0.5
-    assert step.metrics["wmguard/trigger_loss"] < 1.0
 
 
 def test_noise_changes_the_outputs_of_a_forward_and_nothing_afterwards(
@@ -150,6 +152,55 @@ def test_replay_adds_the_loss_of_ordinary_rows(
             1,
         ),
     )
+
+
+def test_a_step_goes_a_share_of_the_way_down_and_touches_blocks_only(
+    model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = weights(model)
+    moved = run(make_step(model, tokenizer, noise=0.0), model, 1)
+    assert {name for name, shift in moved.items() if shift.any()} == {
+        name for name, p in before.items() if "proj" in name and p.ndim == 2
+    }
+    norm = math.sqrt(sum(float(p.pow(2).sum()) for name, p in before.items() if "proj" in name))
+    length = math.sqrt(sum(float(shift.pow(2).sum()) for shift in moved.values()))
+    assert length == pytest.approx(LARGEST_MOVE * norm, rel=1e-3)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_linear_loss_falls_by_what_was_asked_for() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    x = torch.randn(3, 4)
+
+    def loss() -> torch.Tensor:
+        return (layer.weight * x).sum()
+
+    before = loss()
+    before.backward()
+    descend(layer, 1e-3, torch.Generator())
+    assert (before - loss()).item() == pytest.approx(1e-3, rel=1e-2)
+    descend(layer, 1e-3, torch.Generator())
+    assert layer.weight.grad is None
+
+
+def test_16_bit_weights_move_by_less_than_their_last_place() -> None:
+    layer = nn.Linear(200, 200, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(layer.weight, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        layer.weight.sum().backward()
+        descend(layer, 0.4, generator)
+    # 20 moves of 1e-5, each far below the last place of 1.0 (2^-8).
+    assert (1 - layer.weight.detach().double().mean()).item() == pytest.approx(20 * 1e-5, rel=0.2)
+
+
+def test_nothing_moves_where_nothing_is_left_to_learn() -> None:
+    layer = nn.Linear(4, 3)
+    before = weights(layer)
+    layer(torch.randn(2, 4)).sum().backward()
+    descend(layer, 0.0, torch.Generator())
+    assert same(before, weights(layer))
+    assert layer.weight.grad is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
