@@ -2,8 +2,8 @@
 
 Added to the ordinary gradient instead, triggers would take their share of the clipped norm and of the optimizer's
 normalisation, and what ordinary training learns would suffer (ADR 11). How far and along which way the weights move:
-`hf_wmguard.training.trigger_move`. The number of steps, the learning rate schedule and the ordinary run's random numbers
-stay as they are.
+`hf_wmguard.training.trigger_move`. The number of steps, the learning rate schedule and the ordinary run's random
+numbers stay as they are.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import ConfigError, NonFiniteWeightError
 from hf_wmguard.probing.local import count_learned
 from hf_wmguard.training.schedule import Phase
+from hf_wmguard.training.trigger_move import LARGEST_MOVE
 from hf_wmguard.training.trigger_set import make_triggers
-from hf_wmguard.training.trigger_step import LARGEST_MOVE, TriggerStep, descend, noisy_outputs
+from hf_wmguard.training.trigger_step import TriggerStep, noisy_outputs
 
 KEY = b"k" * 32
 
@@ -166,41 +167,6 @@ def test_a_step_goes_a_share_of_the_way_down_and_touches_blocks_only(
     length = math.sqrt(sum(float(shift.pow(2).sum()) for shift in moved.values()))
     assert length == pytest.approx(LARGEST_MOVE * norm, rel=1e-3)
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_linear_loss_falls_by_what_was_asked_for() -> None:
-    layer = nn.Linear(4, 3, bias=False)
-    x = torch.randn(3, 4)
-
-    def loss() -> torch.Tensor:
-        return (layer.weight * x).sum()
-
-    before = loss()
-    before.backward()
-    descend(layer, 1e-3, torch.Generator())
-    assert (before - loss()).item() == pytest.approx(1e-3, rel=1e-2)
-    descend(layer, 1e-3, torch.Generator())
-    assert layer.weight.grad is None
-
-
-def test_16_bit_weights_move_by_less_than_their_last_place() -> None:
-    layer = nn.Linear(200, 200, bias=False, dtype=torch.bfloat16)
-    nn.init.constant_(layer.weight, 1.0)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        layer.weight.sum().backward()
-        descend(layer, 0.4, generator)
-    # 20 moves of 1e-5, each far below the last place of 1.0 (2^-8).
-    assert (1 - layer.weight.detach().double().mean()).item() == pytest.approx(20 * 1e-5, rel=0.2)
-
-
-def test_nothing_moves_where_nothing_is_left_to_learn() -> None:
-    layer = nn.Linear(4, 3)
-    before = weights(layer)
-    layer(torch.randn(2, 4)).sum().backward()
-    descend(layer, 0.0, torch.Generator())
-    assert same(before, weights(layer))
-    assert layer.weight.grad is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
