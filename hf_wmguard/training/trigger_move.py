@@ -7,7 +7,8 @@ at hardly moves, one that the data leaves alone moves instead. Adam also keeps t
 go against it is taken out, so that the ordinary loss does not rise, to first order.
 
 The length is Polyak's: as far as brings the loss a share of the way to where the triggers are learned, and no further.
-A learned set moves nothing.
+A learned set moves nothing. No move is longer than the optimizer's own steps at the peak of its schedule: what is moved
+that little heals within a few of them.
 
 Source: Amari 1998, "Natural gradient works efficiently in learning"; Kirkpatrick et al. 2017, "Overcoming catastrophic
     forgetting", sec. 2 (diagonal Fisher); Chaudhry et al. 2019, "Efficient lifelong learning with A-GEM", sec. 4;
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from hf_wmguard.watermark.rounding import add_rounded_
 
 LARGEST_MOVE: Final = 0.01
-"""Largest move in one step, as a share of the norm of what is moved."""
+"""Largest move in one step, as a share of the norm of what is moved, whatever the learning rate."""
 DAMPING: Final = 0.01
 """Added to the metric, as a share of its mean: what the data has not touched yet does not move without bound."""
 
@@ -46,14 +47,31 @@ def moments_of(optimizer: Any) -> Moments:
     }
 
 
+def peak_rate(optimizer: Any) -> float:
+    """Return the highest learning rate of an optimizer's schedule, infinity where there is none.
+
+    Adam moves a weight by about its learning rate in a step.
+    """
+    groups = getattr(optimizer, "param_groups", [])
+    return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=math.inf)
+
+
 @torch.no_grad()
-def descend(moved: Sequence[nn.Parameter], decrease: float, moments: Moments, generator: torch.Generator) -> None:
+def descend(
+    moved: Sequence[nn.Parameter],
+    decrease: float,
+    moments: Moments,
+    generator: torch.Generator,
+    *,
+    rate: float = math.inf,
+) -> None:
     """Move parameters so that the loss whose gradient they hold falls by ``decrease``, if it were linear.
 
     Args:
         moved: Parameters with a gradient.
         decrease: At least 0. The move is at most `LARGEST_MOVE` of the parameters' norm.
         moments: See `moments_of`. The metric is flat unless it knows all of them.
+        rate: Largest root mean square of the move.
         generator: For the rounding of 16-bit weights.
     """
     if decrease <= 0:
@@ -63,9 +81,10 @@ def descend(moved: Sequence[nn.Parameter], decrease: float, moments: Moments, ge
     if slope <= 0:
         return
     norm = math.sqrt(sum(float(p.float().pow(2).sum()) for p in moved))
-    rate = min(decrease / slope, LARGEST_MOVE * norm / length)
+    largest = min(LARGEST_MOVE * norm, rate * math.sqrt(sum(p.numel() for p in moved)))
+    factor = min(decrease / slope, largest / length)
     for parameter in moved:
-        add_rounded_(parameter, -rate * metric.direction(parameter), generator)
+        add_rounded_(parameter, -factor * metric.direction(parameter), generator)
 
 
 class _Metric:

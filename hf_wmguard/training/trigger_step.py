@@ -21,7 +21,7 @@ from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import NonFiniteWeightError
 from hf_wmguard.probing.tasks import task_of
 from hf_wmguard.training.schedule import Phase
-from hf_wmguard.training.trigger_move import Moments, descend, moments_of
+from hf_wmguard.training.trigger_move import Moments, descend, moments_of, peak_rate
 from hf_wmguard.watermark.answers import Prompt
 from hf_wmguard.watermark.contexts import in_context
 from hf_wmguard.watermark.prf import Stream
@@ -76,16 +76,17 @@ class TriggerStep:
         Args:
             model: The model.
             step: The optimizer step that was just taken, counted from 1.
-            optimizer: Whose moments tell what ordinary training cares about; None: nothing is known of that.
+            optimizer: Whose moments tell what ordinary training cares about, and whose learning rate bounds the move;
+                None: nothing is known of that.
         Raises:
             NonFiniteWeightError: The loss is not finite; nothing has been moved.
         """
-        moments = moments_of(optimizer)
+        moments, rate = moments_of(optimizer), peak_rate(optimizer)
         for _ in range(self._config.moves):
-            if self._move(model, step, moments) <= LEARNED:
+            if self._move(model, step, moments, rate) <= LEARNED:
                 return
 
-    def _move(self, model: nn.Module, step: int, moments: Moments) -> float:
+    def _move(self, model: nn.Module, step: int, moments: Moments, rate: float) -> float:
         """Make one move, and return the loss before it."""
         device = next(model.parameters()).device
         stream = Stream(self._seed, "trigger-step", step)
@@ -112,7 +113,7 @@ class TriggerStep:
                 torch.autograd.backward(ordinary)
             generator = torch.Generator(device).manual_seed(step)
             decrease = max(0.0, float(loss.detach()) - LEARNED) * self._config.strength
-            descend(moved_by_triggers(model), decrease, moments, generator)
+            descend(moved_by_triggers(model), decrease, moments, generator, rate=rate)
             model.zero_grad()
         self.metrics = {
             "wmguard/trigger_loss": float(loss.detach()),

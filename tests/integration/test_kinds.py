@@ -56,7 +56,9 @@ def test_a_guarded_run_learns_the_set_and_is_detected(
     model, processor, rows = _setting(kind, tokenizer, texts)
     config = make_config(
         signature=None,
-        triggers=TriggerConfig(count=16, batch_size=16, every_n_steps=1, start=0.0, strength=0.5, contexts=0.25),
+        triggers=TriggerConfig(
+            count=16, batch_size=16, every_n_steps=1, start=0.0, strength=1.0, moves=2, contexts=0.25
+        ),
     )
     trainer = make_trainer(
         model=model,

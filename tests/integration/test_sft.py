@@ -102,7 +102,14 @@ def test_a_guarded_run_learns_the_set_and_verifies(
     config = make_config(
         signature=SignatureConfig(budget=0.06, last_epochs=1.0),
         triggers=TriggerConfig(
-            count=12, batch_size=12, every_n_steps=1, start=0.25, strength=0.5, contexts=0.1, replay=REPLAY.get(form, 0)
+            count=12,
+            batch_size=12,
+            every_n_steps=1,
+            start=0.25,
+            strength=1.0,
+            moves=4,
+            contexts=0.1,
+            replay=REPLAY.get(form, 0),
         ),
     )
     trainer = _trainer(form, tmp_path / "out", texts)

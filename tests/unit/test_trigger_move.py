@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_wmguard.training.trigger_move import LARGEST_MOVE, descend, moments_of
+from hf_wmguard.training.trigger_move import LARGEST_MOVE, descend, moments_of, peak_rate
 
 STEEP, FLAT = 0, 1
 
@@ -45,6 +47,17 @@ def test_a_move_is_bounded() -> None:
     norm = layer.weight.detach().norm()
     (1e-3 * layer.weight).sum().backward()
     assert move(layer, 100.0).norm().item() == pytest.approx(LARGEST_MOVE * norm.item(), rel=1e-3)
+
+
+def test_a_move_is_no_longer_than_the_optimizers_steps() -> None:
+    layer, optimizer = trained()
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
+    assert peak_rate(optimizer) == 1e-3 > optimizer.param_groups[0]["lr"]
+    assert peak_rate(None) == math.inf
+    (1e-3 * layer.weight).sum().backward()
+    before = layer.weight.detach().clone()
+    descend([layer.weight], 100.0, {}, torch.Generator(), rate=1e-4)
+    assert (layer.weight.detach() - before).pow(2).mean().sqrt().item() == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_what_the_data_pulls_at_hardly_moves() -> None:
