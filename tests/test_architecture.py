@@ -32,7 +32,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("probing",),
     ("metrics",),
     ("protect",),
-    ("verification", "embedding"),
+    ("verification", "embedding", "protection"),
     ("loading",),
     ("training",),
     ("robustness",),

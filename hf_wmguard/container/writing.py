@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -98,6 +98,7 @@ def write_protected(
     hide_names: bool = False,
     threads: int | None = None,
     digest: bool = True,
+    progress: Callable[[str, int], None] | None = None,
     salt: bytes | None = None,
 ) -> FileRecord:
     """Write a protected file whole or not at all, in one pass, and return its record.
@@ -118,6 +119,7 @@ def write_protected(
         threads: At most 64; by default one per processor, at most 8.
         digest: Whether to compute the SHA-256 of the file, which a manifest needs. It goes through the file in
             order: with many threads it is what takes longest.
+        progress: Called with the file's name and the plaintext bytes just written, from any thread.
         salt: Only for test vectors.
     Raises:
         UsageError: A name or size outside the limits, or a tensor whose size changed between the two looks.
@@ -156,6 +158,8 @@ def write_protected(
                     if sha256 is not None:
                         # While the chunk is still in this core's cache.
                         queue.in_order(number, lambda out=out: sha256.update(out))  # type: ignore[misc]
+                    if progress is not None:
+                        progress(path.name, len(out) - TAG_BYTES)
             finally:
                 plain.wipe()
 
