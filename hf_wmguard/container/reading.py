@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -26,11 +26,12 @@ Progress = Callable[[str, int], None]
 
 
 class _Target(NamedTuple):
-    """Where the bytes ``start`` to ``start + len(out)`` of a stream go."""
+    """Where the bytes ``start`` to ``start + len(out)`` of a stream go, and the chunks to read for it."""
 
     extent: Extent
     start: int
     out: memoryview
+    chunks: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,19 +174,27 @@ class ProtectedFile:
             )
         self._decrypt(name, 0, view.cast("B") if view.nbytes else memoryview(bytearray()))
 
-    def memory_bytes(self) -> int:
+    def memory_bytes(self, names: Sequence[str] | None = None) -> int:
         """Return how much memory `read_all` fills: the plaintext, every tensor at a multiple of 64 bytes."""
+        if names is not None:
+            return sum(aligned(self.info(name).size_bytes) for name in names)
         return sum(aligned(extent.used_bytes) for extent in self._extents)
 
     def read_all(
-        self, *, memory: Memory | None = None, threads: int | None = None, progress: Progress | None = None
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        memory: Memory | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, memoryview]:
         """Return the bytes of all tensors by name, decrypted in parallel straight into their final memory.
 
-        Beyond the plaintext there is one chunk of ciphertext for each thread. Every byte of the file is
-        authenticated before anything is returned.
+        Beyond the plaintext there is one chunk of ciphertext for each thread. Every byte that is returned, and without
+        ``names`` every byte of the file, is authenticated before anything is returned.
 
         Args:
+            names: Only these tensors, each once, from their own chunks.
             memory: At least `memory_bytes` to decrypt into, such as what the shard before no longer needs; by default
                 new memory, which the returned views keep alive.
             threads: At most 64; by default one per processor, at most 8.
@@ -196,18 +205,11 @@ class ProtectedFile:
             UsageError: The memory is too small.
         Other errors as `read_into`; all of the memory that was to be filled is then zero.
         """
-        size_bytes = self.memory_bytes()
+        size_bytes = self.memory_bytes(names)
         view = (memory or Memory(size_bytes)).view
         if len(view) < size_bytes:
             raise UsageError(f"memory of {len(view)} bytes, expected {size_bytes}", hint="see memory_bytes()")
-        targets: list[_Target] = []
-        tensors: dict[str, memoryview] = {}
-        start = 0
-        for extent in self._extents:
-            out = view[start : start + extent.used_bytes]
-            targets.append(_Target(extent, 0, out))
-            tensors |= {segment.name: out[segment.start : segment.stop] for segment in extent.segments}
-            start += aligned(extent.used_bytes)
+        tensors, targets = self._whole(view) if names is None else self._some(names, view)
         try:
             share_out(_all_chunks(targets), lambda queue: self._work(queue, progress), thread_count(threads))
         except BaseException:
@@ -216,12 +218,43 @@ class ProtectedFile:
             raise
         return tensors
 
+    def _whole(self, view: memoryview) -> tuple[dict[str, memoryview], list[_Target]]:
+        """Return where all tensors go, and all chunks of the file, those of nothing but padding included."""
+        tensors: dict[str, memoryview] = {}
+        targets: list[_Target] = []
+        start = 0
+        for extent in self._extents:
+            out = view[start : start + extent.used_bytes]
+            targets.append(_Target(extent, 0, out, range(extent.stream.count)))
+            tensors |= {segment.name: out[segment.start : segment.stop] for segment in extent.segments}
+            start += aligned(extent.used_bytes)
+        return tensors, targets
+
+    def _some(self, names: Sequence[str], view: memoryview) -> tuple[dict[str, memoryview], list[_Target]]:
+        tensors: dict[str, memoryview] = {}
+        start = 0
+        for name in names:
+            tensors[name] = view[start : start + self.info(name).size_bytes]
+            start += aligned(self.info(name).size_bytes)
+        if len(tensors) != len(names):
+            raise UsageError("a tensor is named twice", hint="name each tensor once")
+        return tensors, [self._target(name, 0, out) for name, out in tensors.items()]
+
+    def _target(self, name: str, start_byte: int, out: memoryview) -> _Target:
+        place = self._places[name]
+        start = place.start + start_byte
+        # At least one chunk, so that an empty tensor's only tag is checked as well.
+        first = min(start // self._chunk_bytes, place.extent.stream.count - 1)
+        last = max(first, (start + len(out) - 1) // self._chunk_bytes)
+        return _Target(place.extent, start, out, range(first, last + 1))
+
     def _work(self, queue: Queue[tuple[_Target, int]], progress: Progress | None) -> None:
         scratch = self._scratch()
         for _, (target, chunk) in queue:
             self._decrypt_chunk(target, chunk, scratch)
             if progress is not None:
                 start, stop = target.extent.stream.span(chunk)
+                start, stop = max(start, target.start), min(stop, target.start + len(target.out))
                 for segment in target.extent.between(start, stop):
                     progress(segment.name, min(stop, segment.stop) - max(start, segment.start))
 
@@ -230,15 +263,9 @@ class ProtectedFile:
         return memoryview(bytearray(min(self._chunk_bytes, largest) + TAG_BYTES))
 
     def _decrypt(self, name: str, start_byte: int, out: memoryview) -> None:
-        place = self._places[name]
-        target = _Target(place.extent, place.start + start_byte, out)
-        stop = target.start + len(out)
-        # At least one chunk, so that an empty tensor's only tag is checked as well.
-        first = min(target.start // self._chunk_bytes, place.extent.stream.count - 1)
-        last = max(first, (stop - 1) // self._chunk_bytes)
-        scratch = self._scratch()
+        target, scratch = self._target(name, start_byte, out), self._scratch()
         try:
-            for chunk in range(first, last + 1):
+            for chunk in target.chunks:
                 self._decrypt_chunk(target, chunk, scratch)
         except BaseException:
             # A failed tag leaves unauthenticated plaintext behind, and half a tensor must not pass for one.
@@ -296,7 +323,7 @@ class ProtectedFile:
 
 def _all_chunks(targets: list[_Target]) -> Iterator[tuple[_Target, int]]:
     for target in targets:
-        for chunk in range(target.extent.stream.count):
+        for chunk in target.chunks:
             yield target, chunk
 
 

@@ -273,6 +273,22 @@ def test_impossible_numbers_of_threads(tmp_path: Path, threads: int) -> None:
         file.read_all(threads=threads)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_some_of_the_tensors(tmp_path: Path, hidden: bool) -> None:
+    write(tmp_path / "f", hide_names=hidden)
+    with ProtectedFile(tmp_path / "f", dek=DEK) as file:
+        for names in ([], ["scalar"], ["layer.weight", "empty", "größe"], file.names()):
+            seen: list[tuple[str, int]] = []
+            views = file.read_all(names, threads=2, progress=lambda name, count, seen=seen: seen.append((name, count)))
+            assert {name: bytes(view) for name, view in views.items()} == {name: PLAIN[name] for name in names}
+            assert {name for name, _ in seen} <= set(names)
+            assert sum(count for _, count in seen) == sum(len(PLAIN[name]) for name in names)
+        with pytest.raises(UsageError, match="twice"):
+            file.read_all(["scalar", "scalar"])
+        with pytest.raises(UsageError, match="no tensor"):
+            file.read_all(["nope"])
+
+
 def test_rows(tmp_path: Path) -> None:
     write(tmp_path / "f")
     with ProtectedFile(tmp_path / "f", dek=DEK) as file:
