@@ -173,7 +173,7 @@ def our_load(path: Path, threads: int, memory: Memory | None = None) -> dict[str
     """Load ciphertext into memory of our own."""
     with ProtectedFile(path, dek=DEK) as file:
         views = file.read_all(threads=threads, memory=memory)
-        return {name: decode(file.info(name).dtype, file.info(name).shape, view) for name, view in views.items()}  # type: ignore[arg-type]
+        return {name: decode(file.info(name).dtype, file.info(name).shape, view) for name, view in views.items()}
 
 
 def loads(folder: Path, threads: int) -> dict[str, Callable[[], object]]:
