@@ -22,6 +22,8 @@ from hf_wmguard.container.suites import cipher_of, default_suite
 from hf_wmguard.container.workers import Queue, share_out, thread_count
 from hf_wmguard.errors import UsageError
 
+_WRITEBACK_BYTES = 32 * 1024 * 1024
+
 
 class TensorSource(Protocol):
     """A tensor whose bytes can be had piece by piece, by several threads at once."""
@@ -155,6 +157,7 @@ def write_protected(
                     out = _seal(piece, sealed, plain)
                     offset = len(start) + piece.extent.offset_bytes + piece.extent.stream.offset(piece.chunk)
                     _write_at(descriptor, out, offset)
+                    _start_writeback(descriptor, offset, offset + len(out))
                     if sha256 is not None:
                         # While the chunk is still in this core's cache.
                         queue.in_order(number, lambda out=out: sha256.update(out))  # type: ignore[misc]
@@ -239,6 +242,14 @@ def _gather(piece: _Piece, chunk: memoryview) -> memoryview:
         # Onto itself where the tensor was read into its place; the same bytes either way.
         place[:] = tensor.part(begin, end, place)
     return chunk
+
+
+def _start_writeback(descriptor: int, start: int, stop: int) -> None:
+    """Let the disk begin once every ``_WRITEBACK_BYTES``, so that the sync at the end has little left to wait for."""
+    border = stop // _WRITEBACK_BYTES * _WRITEBACK_BYTES
+    if start < border <= stop and hasattr(os, "posix_fadvise"):
+        # Linux starts to write dirty pages of this range and returns; what it may drop, clean pages, there are none of.
+        os.posix_fadvise(descriptor, border - _WRITEBACK_BYTES, _WRITEBACK_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
