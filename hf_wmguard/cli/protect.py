@@ -10,14 +10,13 @@ import typer
 
 from hf_wmguard.cli.options import JsonOption
 from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json
-from hf_wmguard.container.suites import AES_256_GCM, CHACHA20_POLY1305
 
 
 class Suite(StrEnum):
-    """The ciphers a file may be written with."""
+    """The ciphers a file may be written with, as `container.suites.SUITES` has them; not imported, for `--help`."""
 
-    aes = AES_256_GCM
-    chacha = CHACHA20_POLY1305
+    aes = "AES-256-GCM"
+    chacha = "ChaCha20-Poly1305"
 
 
 def protect(

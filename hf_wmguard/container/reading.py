@@ -197,7 +197,7 @@ class ProtectedFile:
             names: Only these tensors, each once, from their own chunks.
             memory: At least `memory_bytes` to decrypt into, such as what the shard before no longer needs; by default
                 new memory, which the returned views keep alive.
-            threads: At most 64; by default one per processor, at most 8.
+            threads: At most 64; by default one per processor, at most 8, and one for little data.
             progress: Called with a tensor's name and the bytes just decrypted, from any thread.
         Returns:
             Writable views, uint8 [size_bytes], each at a multiple of 64 bytes, for `torch.frombuffer`.
@@ -210,8 +210,9 @@ class ProtectedFile:
         if len(view) < size_bytes:
             raise UsageError(f"memory of {len(view)} bytes, expected {size_bytes}", hint="see memory_bytes()")
         tensors, targets = self._whole(view) if names is None else self._some(names, view)
+        workers = thread_count(threads, size_bytes)
         try:
-            share_out(_all_chunks(targets), lambda queue: self._work(queue, progress), thread_count(threads))
+            share_out(_all_chunks(targets), lambda queue: self._work(queue, progress), workers)
         except BaseException:
             # After the last thread has ended, so that none can write behind it.
             wipe(view[:size_bytes])

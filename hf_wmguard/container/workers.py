@@ -13,16 +13,20 @@ from hf_wmguard.errors import UsageError
 T = TypeVar("T")
 MAX_THREADS = 64
 _DEFAULT_THREADS = 8
+# With less to do, starting a thread takes longer than it saves.
+_BYTES_PER_THREAD = 4 * 1024 * 1024
 
 
-def thread_count(threads: int | None) -> int:
-    """Return how many threads to use: what was asked for, or one per processor that this process may use, at most 8.
+def thread_count(threads: int | None, size_bytes: int) -> int:
+    """Return how many threads to use for so many bytes: what was asked for, or what is worth starting.
+
+    That is one per processor that this process may use, at most 8, and at most one for each 4 MiB.
 
     Raises:
         UsageError: Less than 1 or more than ``MAX_THREADS``.
     """
     if threads is None:
-        return min(_DEFAULT_THREADS, _processors())
+        return max(1, min(_DEFAULT_THREADS, _processors(), size_bytes // _BYTES_PER_THREAD))
     if not 1 <= threads <= MAX_THREADS:
         raise UsageError(f"{threads} threads", hint=f"choose 1 to {MAX_THREADS}")
     return threads

@@ -118,7 +118,7 @@ def write_protected(
         chunk_bytes: Plaintext bytes per tag, 16 to 16 MiB.
         suite: One of `suites.SUITES`; by default what suits the processor.
         hide_names: Hide names, number and sizes of the tensors; all that shows is about how much they are together.
-        threads: At most 64; by default one per processor, at most 8.
+        threads: At most 64; by default one per processor, at most 8, and one for little data.
         digest: Whether to compute the SHA-256 of the file, which a manifest needs. It goes through the file in
             order: with many threads it is what takes longest.
         progress: Called with the file's name and the plaintext bytes just written, from any thread.
@@ -128,8 +128,8 @@ def write_protected(
         KeyFormatError: The DEK is not 32 bytes.
         NotFoundError, EnvironmentFault: As `atomic_file`.
     """
-    workers = thread_count(threads)
     infos = {name: tensors[name].info() for name in tensors}
+    workers = thread_count(threads, sum(info.size_bytes for info in infos.values()))
     header, keys = seal_header(
         dek,
         context,

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_wmguard.cli.protect import Suite
 from hf_wmguard.container.recipients import generate_identity
+from hf_wmguard.container.suites import SUITES
 from hf_wmguard.keys import write_key_pair
 
 
@@ -60,6 +62,10 @@ def test_hidden_and_sharded(wmguard: Any, model: Path, tmp_path: Path, reader: P
     shown = json.loads(wmguard("inspect", tmp_path / "out", "--json").out)["headers"]
     for header in shown.values():
         assert (header["suite"], header["tensors"]) == ("ChaCha20-Poly1305", {})
+
+
+def test_suites_are_those_of_the_container() -> None:
+    assert [suite.value for suite in Suite] == list(SUITES)
 
 
 def test_bad_commands(wmguard: Any, model: Path, tmp_path: Path, reader: Path) -> None:
