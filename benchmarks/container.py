@@ -163,7 +163,7 @@ def saves(
         "container + SHA-256 for the manifest": save,
     }
     if not sync:
-        ways["container, 4 MiB chunks"] = partial(save, digest=False, chunk_bytes=4 << 20)
+        ways["container, 1 MiB chunks"] = partial(save, digest=False, chunk_bytes=1 << 20)
         ways["container, ChaCha20-Poly1305"] = partial(save, digest=False, suite="ChaCha20-Poly1305")
         ways["container, hidden names"] = partial(save, digest=False, hide_names=True)
     return ways

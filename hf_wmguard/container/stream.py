@@ -17,7 +17,7 @@ from hf_wmguard.container.suites import Cipher
 TAG_BYTES = 16
 MIN_CHUNK_BYTES = 16
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
-DEFAULT_CHUNK_BYTES = 1024 * 1024
+DEFAULT_CHUNK_BYTES = 4 * 1024 * 1024
 
 
 def chunk_count(size_bytes: int, chunk_bytes: int) -> int:

@@ -137,7 +137,7 @@ def test_only_one_plaintext_size_has_a_blob_size(chunk_bytes: int) -> None:
 
 
 def test_default_chunks(tmp_path: Path) -> None:
-    data = noise("big", 2 * 1024 * 1024 + 5)
+    data = noise("big", 8 * 1024 * 1024 + 5)
     write_protected(tmp_path / "f", {"t": u8(data)}, dek=DEK, context=CONTEXT)
     assert read_all(tmp_path / "f") == {"t": data}
 
