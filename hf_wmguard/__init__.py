@@ -6,6 +6,7 @@ The tour:
 * `protect_trainer(trainer, config)` is the one line a Trainer script gets. In the last epochs the weights come to
   carry the owner's signature and the behaviour a trigger set; every save is ciphertext with a signed manifest.
 * `embed(model, config)` marks a finished model in memory without training, `embed_folder(...)` one on the disk.
+* `protect_folder(...)` encrypts a finished model from folder to folder, without loading it.
 * `verify(suspect, ...)` judges a suspect by its weights, `probe(model, ...)` by its answers; both give an exact or
   proven p-value in a `Report`.
 * `load_protected(folder, ...)` brings a protected folder into memory.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hf_wmguard.embedding import Embedded, embed, embed_folder
     from hf_wmguard.errors import WmguardError
     from hf_wmguard.loading import load_protected
+    from hf_wmguard.protection import Protected, protect_folder
     from hf_wmguard.reports import Report
     from hf_wmguard.training import WatermarkCallback, protect_trainer
     from hf_wmguard.verification import probe, verify
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Embedded": "hf_wmguard.embedding",
+    "Protected": "hf_wmguard.protection",
     "ProtectionConfig": "hf_wmguard.config",
     "Report": "hf_wmguard.reports",
     "SignatureConfig": "hf_wmguard.config",
@@ -41,11 +44,13 @@ _EXPORTS = {
     "embed_folder": "hf_wmguard.embedding",
     "load_protected": "hf_wmguard.loading",
     "probe": "hf_wmguard.verification",
+    "protect_folder": "hf_wmguard.protection",
     "protect_trainer": "hf_wmguard.training",
     "verify": "hf_wmguard.verification",
 }
 __all__ = [
     "Embedded",
+    "Protected",
     "ProtectionConfig",
     "Report",
     "SignatureConfig",
@@ -58,6 +63,7 @@ __all__ = [
     "embed_folder",
     "load_protected",
     "probe",
+    "protect_folder",
     "protect_trainer",
     "verify",
 ]

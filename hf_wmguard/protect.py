@@ -38,7 +38,7 @@ from hf_wmguard.evidence.manifest import (
 from hf_wmguard.evidence.registry import Entry, Registry, commitment_digest
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.reader import Encrypted, tile_reader
-from hf_wmguard.suspects.tensors import encode
+from hf_wmguard.suspects.tensors import Encoded
 from hf_wmguard.watermark.baseline import Baseline
 from hf_wmguard.watermark.carriers import Tile, select_carriers
 from hf_wmguard.watermark.lowrank import adapter_projections
@@ -237,7 +237,7 @@ class ProtectedWriter:
         self._records.append(
             write_protected(
                 self.staging / path.name,
-                {name: encode(name, tensor) for name, tensor in tensors.items()},
+                Encoded(tensors),
                 dek=self._dek,
                 context=self._context(path.name),
                 metadata=metadata,

@@ -33,7 +33,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("metrics",),
     ("protect",),
     ("verdicts",),
-    ("verification", "embedding"),
+    ("verification", "embedding", "protection"),
     ("loading",),
     ("training",),
     ("robustness",),

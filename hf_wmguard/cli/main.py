@@ -25,6 +25,7 @@ from hf_wmguard.cli.options import (
 from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
+from hf_wmguard.cli.protect import protect
 from hf_wmguard.cli.stress import stress
 from hf_wmguard.errors import WmguardError
 
@@ -34,6 +35,7 @@ _WHOLE = "the output folder is whole or does not exist"
 _LEFT = {
     "embed": f"{_WHOLE}; a commitment that was made stays in the registry and is harmless",
     "decrypt": _WHOLE,
+    "protect": _WHOLE,
     "probe": "with --transcript the same command goes on where this one stopped; without it nothing was kept",
     "stress": "the same command goes on where this one stopped",
 }
@@ -215,6 +217,7 @@ def decrypt(
 app.command()(embed)
 app.command()(plan)
 app.command()(probe)
+app.command()(protect)
 app.command()(stress)
 
 

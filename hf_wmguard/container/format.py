@@ -6,17 +6,19 @@ A protected file is a valid safetensors file, so that every tool lists it and no
     N bytes   canonical JSON, padded with spaces to a multiple of 8
     data      one blob per tensor, in the order of their names, without gaps (see `stream`)
 
-Every tensor stands under its own name as a 1-D U8 blob. ``__metadata__`` has one entry, ``wmguard``: the
-*public header*, canonical JSON as a string. There is no ``format`` entry, so that a loader which looks for
-``pt`` refuses; the caller's own entry is kept in the encrypted inner header.
+Every tensor stands under its own name as a 1-D U8 blob, or all of them lie hidden in one stream (see `layout`).
+``__metadata__`` has one entry, ``wmguard``: the *public header*, canonical JSON as a string. There is no
+``format`` entry, so that a loader which looks for ``pt`` refuses; the caller's own entry is kept in the
+encrypted inner header. ``docs/format.md`` is the normative description.
 
 Why it is safe:
 
 - *Keys*: HKDF-SHA256 over (DEK, 32 random bytes of salt per file, label). Chunks, inner header and MAC each
   have a key of their own, and each of these also takes the hash of the *body*: the public header without
-  commitment, inner header and MAC, and the table of names and offsets. So every field is bound to every
-  chunk: a changed field gives another key. What the body leaves out is computed with keys that come from it.
-- *Commitment*: depends on DEK and salt alone and is compared first. AES-GCM does not commit to its key, this
+  commitment, inner header and MAC, and the table of names and offsets. The chunks' key takes the hash of the
+  encrypted inner header too. So every field, and every dtype and shape, is bound to every chunk: a changed one
+  gives another key. What the body leaves out is computed with keys that come from it.
+- *Commitment*: depends on DEK and salt alone and is compared first. Neither suite commits to its key, this
   does: one file cannot be opened under two DEKs, and a wrong DEK is told from a changed file.
 - *MAC*: over all of the header. Nothing is decrypted before it is checked.
 - *One encoding*: a header is decoded, encoded again, and must give the same bytes. This alone refuses
@@ -31,13 +33,12 @@ import dataclasses
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from hf_wmguard.canonical import (
@@ -49,16 +50,17 @@ from hf_wmguard.canonical import (
 )
 from hf_wmguard.container.checks import check_text, decode_hex, reading
 from hf_wmguard.container.inner import MAX_TENSOR_BYTES, TensorInfo, decode_inner, encode_inner
+from hf_wmguard.container.layout import MAX_HIDDEN_BYTES, MIN_HIDDEN_BYTES, hidden_starts, padme
 from hf_wmguard.container.stream import (
     MAX_CHUNK_BYTES,
     MIN_CHUNK_BYTES,
     blob_bytes,
     plaintext_bytes,
 )
+from hf_wmguard.container.suites import SUITES, check_suite, cipher_of
 from hf_wmguard.errors import AuthenticationError, FormatError, KeyFormatError, UsageError
 
 VERSION = 1
-SUITE = "AES-256-GCM"
 DEK_BYTES = 32
 SALT_BYTES = 32
 LENGTH_BYTES = 8
@@ -71,7 +73,11 @@ _ALIGNMENT_BYTES = 8
 _INNER_NONCE = bytes(12)
 _NUMBERS = ("version", "chunk_bytes", "index", "total")
 _TEXTS = ("suite", "salt", "model_id", "iteration", "set_id", "role", "commitment", "inner", "mac")
-_PUBLIC_FIELDS = {**dict.fromkeys(_NUMBERS, (int,)), **dict.fromkeys(_TEXTS, (str,))}
+_PUBLIC_FIELDS = {
+    **dict.fromkeys(_NUMBERS, (int,)),
+    **dict.fromkeys(_TEXTS, (str,)),
+    "hidden_bytes": (int, type(None)),
+}
 
 
 def derive_key(dek: bytes, label: str, *context: str, salt: bytes | None = None) -> bytes:
@@ -138,34 +144,43 @@ class Header:
         context: What the file is part of.
         chunk_bytes: Plaintext size of a chunk.
         salt: 32 random bytes.
-        sizes: Plaintext size of every tensor in bytes, in the order of the names.
+        sizes: Plaintext size of every tensor in bytes, in the order of the names; empty where they are hidden.
+        suite: One of `suites.SUITES`.
+        hidden_bytes: Padded plaintext size of the one stream that hides all tensors, or None where they show.
         commitment: 32 bytes that only the right DEK gives.
         inner: Encrypted canonical JSON: true dtypes, shapes, sizes and the caller's metadata.
         mac: HMAC-SHA256 over the rest of the header.
     Raises:
-        UsageError: A tensor's name is empty, overlong, not Unicode, or the one safetensors keeps.
+        UsageError: A tensor's name is empty, overlong, not Unicode, or the one safetensors keeps; an unknown suite,
+            a chunk size outside the limits, or a hidden size that no file has.
     """
 
     context: FileContext
     chunk_bytes: int
     salt: bytes
     sizes: dict[str, int]
+    suite: str
+    hidden_bytes: int | None = None
     commitment: bytes = b""
     inner: bytes = b""
     mac: bytes = b""
 
     def __post_init__(self) -> None:
-        for name in self.sizes:
-            check_text(name, "tensor name")
-        if METADATA in self.sizes:
-            raise UsageError(f"a tensor is named {METADATA}", hint="safetensors keeps that name for itself")
+        check_suite(self.suite)
+        _check_chunk_bytes(self.chunk_bytes)
+        _check_names(self.sizes)
+        if self.hidden_bytes is not None:
+            _check_hidden_bytes(self.hidden_bytes)
+            if self.sizes:
+                raise UsageError("tensors show in a file that hides them", hint="fetch the file again")
 
     def body(self) -> dict[str, object]:
         """Return the fields whose hash is in the keys."""
         return {
             "version": VERSION,
-            "suite": SUITE,
+            "suite": self.suite,
             "chunk_bytes": self.chunk_bytes,
+            "hidden_bytes": self.hidden_bytes,
             "salt": self.salt.hex(),
             **dataclasses.asdict(self.context),
         }
@@ -181,6 +196,8 @@ class Header:
 
     def data_bytes(self) -> int:
         """Return the size of all blobs together."""
+        if self.hidden_bytes is not None:
+            return blob_bytes(self.hidden_bytes, self.chunk_bytes)
         return sum(blob_bytes(size_bytes, self.chunk_bytes) for size_bytes in self.sizes.values())
 
     def sealed_fields(self) -> dict[str, object]:
@@ -200,10 +217,15 @@ class Header:
         return derive_key(dek, "commitment", salt=self.salt)
 
     def keys(self, dek: bytes) -> FileKeys:
-        """Return the subkeys that this DEK gives for this header."""
+        """Return the subkeys that this DEK gives for this header; the chunks' one once ``inner`` is there."""
         body_hash = hashlib.sha256(canonical_json([self.body(), self.table()])).hexdigest()
-        derived = {label: derive_key(dek, label, body_hash, salt=self.salt) for label in ("chunks", "inner", "mac")}
-        return FileKeys(**derived)
+        # Under a given key the sealed bytes open to one inner header only: their hash stands for dtypes and shapes.
+        inner_hash = hashlib.sha256(self.inner).hexdigest()
+        return FileKeys(
+            chunks=derive_key(dek, "chunks", body_hash, inner_hash, salt=self.salt),
+            inner=derive_key(dek, "inner", body_hash, salt=self.salt),
+            mac=derive_key(dek, "mac", body_hash, salt=self.salt),
+        )
 
     def expected_mac(self, keys: FileKeys) -> bytes:
         """Return the MAC that these keys give for this header."""
@@ -215,28 +237,44 @@ def seal_header(
     context: FileContext,
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
+    *,
+    suite: str,
     chunk_bytes: int,
+    hidden: bool = False,
+    salt: bytes | None = None,
 ) -> tuple[Header, FileKeys]:
-    """Return a finished header with a fresh salt, and the keys of its file.
+    """Return a finished header, and the keys of its file.
 
+    Args:
+        dek: 32 bytes.
+        context: What the file is part of.
+        tensors: What every tensor is.
+        metadata: The caller's own.
+        suite: One of `suites.SUITES`.
+        chunk_bytes: Plaintext bytes of a chunk.
+        hidden: Whether names and sizes are hidden.
+        salt: Fresh and random by default. A salt is never used twice with one DEK; test vectors set their own.
     Raises:
         UsageError: A name, size or chunk size outside the limits, metadata that are not strings, or a header
             over ``MAX_HEADER_BYTES``.
         KeyFormatError: The DEK is not 32 bytes.
     """
-    _check_chunk_bytes(chunk_bytes)
     if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
         raise UsageError("the metadata are not strings", hint="safetensors metadata map strings to strings")
+    _check_names(tensors)
     header = Header(
         context=context,
+        suite=suite,
         chunk_bytes=chunk_bytes,
-        salt=secrets.token_bytes(SALT_BYTES),
-        sizes={name: tensors[name].size_bytes for name in sorted(tensors)},
+        salt=secrets.token_bytes(SALT_BYTES) if salt is None else salt,
+        sizes={} if hidden else {name: tensors[name].size_bytes for name in sorted(tensors)},
+        hidden_bytes=hidden_starts(tensors)[1] if hidden else None,
     )
-    keys = header.keys(dek)
     # The zero nonce is used once: the key comes from this file's salt, and a file has one inner header.
-    inner = AESGCM(keys.inner).encrypt(_INNER_NONCE, encode_inner(tensors, metadata), None)
+    sealer = cipher_of(suite, header.keys(dek).inner)
+    inner = sealer.encrypt(_INNER_NONCE, encode_inner(tensors, metadata), None)
     header = dataclasses.replace(header, commitment=header.expected_commitment(dek), inner=inner)
+    keys = header.keys(dek)
     header = dataclasses.replace(header, mac=header.expected_mac(keys))
     if len(header.encode()) - LENGTH_BYTES > MAX_HEADER_BYTES:
         raise UsageError(
@@ -265,9 +303,8 @@ def parse_header(raw: bytes, *, file_size_bytes: int) -> Header:
     if type(version) is not int or version != VERSION:
         raise FormatError(f"format version {version!r}, expected {VERSION}", hint="update hf-wmguard")
     public = require_object(public, _PUBLIC_FIELDS, "public header")
-    # One suite, no negotiation: a file cannot talk its reader into something weaker.
-    if public["suite"] != SUITE:
-        raise FormatError(f"the cipher suite is not {SUITE}", hint="update hf-wmguard")
+    if public["suite"] not in SUITES:
+        raise FormatError(f"the cipher suite is none of {', '.join(SUITES)}", hint="update hf-wmguard")
     with reading("header"):
         header = _decode_header(public, table)
         canonical = header.encode()
@@ -299,11 +336,18 @@ def open_header(header: Header, dek: bytes) -> tuple[FileKeys, dict[str, TensorI
     if not hmac.compare_digest(header.expected_mac(keys), header.mac):
         raise AuthenticationError("the header was changed", hint="fetch the file again from a source you trust")
     try:
-        plaintext = AESGCM(keys.inner).decrypt(_INNER_NONCE, header.inner, None)
+        plaintext = cipher_of(header.suite, keys.inner).decrypt(_INNER_NONCE, header.inner, None)
     except InvalidTag:
         raise AuthenticationError("the inner header was changed", hint="fetch the file again") from None
     tensors, metadata = decode_inner(plaintext)
-    if {name: info.size_bytes for name, info in tensors.items()} != header.sizes:
+    with reading("inner header"):
+        _check_names(tensors)
+        fits = (
+            {name: info.size_bytes for name, info in tensors.items()} == header.sizes
+            if header.hidden_bytes is None
+            else hidden_starts(tensors)[1] == header.hidden_bytes
+        )
+    if not fits:
         raise FormatError("the inner header names other tensors than the file", hint="write the file again")
     return keys, tensors, metadata
 
@@ -312,6 +356,8 @@ def _decode_header(public: Mapping[str, Any], table: Mapping[str, Any]) -> Heade
     chunk_bytes = public["chunk_bytes"]
     _check_chunk_bytes(chunk_bytes)
     return Header(
+        suite=public["suite"],
+        hidden_bytes=public["hidden_bytes"],
         context=FileContext(**{item.name: public[item.name] for item in dataclasses.fields(FileContext)}),
         chunk_bytes=chunk_bytes,
         salt=decode_hex(public["salt"], SALT_BYTES, "salt"),
@@ -320,6 +366,18 @@ def _decode_header(public: Mapping[str, Any], table: Mapping[str, Any]) -> Heade
         inner=decode_base64(public["inner"], "inner header"),
         mac=decode_hex(public["mac"], _DIGEST_BYTES, "MAC"),
     )
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        check_text(name, "tensor name")
+        if name == METADATA:
+            raise UsageError(f"a tensor is named {METADATA}", hint="safetensors keeps that name for itself")
+
+
+def _check_hidden_bytes(size_bytes: int) -> None:
+    if not MIN_HIDDEN_BYTES <= size_bytes <= MAX_HIDDEN_BYTES or padme(size_bytes) != size_bytes:
+        raise UsageError(f"{size_bytes} bytes are not a padded size", hint="fetch the file again")
 
 
 def _check_chunk_bytes(chunk_bytes: int) -> None:

@@ -1,23 +1,23 @@
-"""One tensor as a stream of encrypted chunks: arithmetic of sizes, nonces and tags. No I/O, no headers.
+"""Plaintext as a stream of encrypted chunks: arithmetic of sizes, nonces and tags. No I/O, no headers.
 
 A blob is the plaintext cut into chunks of ``chunk_bytes`` (the last one may be shorter), each followed by its
 16-byte tag. An empty tensor is one empty chunk, so that its absence of data is authenticated too. This is the
 STREAM construction: a counter and a last-chunk flag in the nonce, so that chunks cannot be reordered, dropped
 or appended, and a blob cannot be cut at a chunk border.
 
-Source: Hoang, Reyhanitabar, Rogaway & Vizar 2015, sec. 7 (STREAM); AES-GCM, NIST SP 800-38D.
+Source: Hoang, Reyhanitabar, Rogaway & Vizar 2015, sec. 7 (STREAM).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from hf_wmguard.container.suites import Cipher
 
 TAG_BYTES = 16
 MIN_CHUNK_BYTES = 16
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
-DEFAULT_CHUNK_BYTES = 1024 * 1024
+DEFAULT_CHUNK_BYTES = 4 * 1024 * 1024
 
 
 def chunk_count(size_bytes: int, chunk_bytes: int) -> int:
@@ -41,17 +41,17 @@ def plaintext_bytes(blob_size_bytes: int, chunk_bytes: int) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkStream:
-    """Encrypts and decrypts the chunks of one tensor of one file.
+    """Encrypts and decrypts the chunks of one stream of one file: a tensor, or all tensors of a file that hides them.
 
     Attributes:
-        cipher: AES-256-GCM under the file's own chunk key.
-        name: The tensor's name.
-        index: Position of the tensor in the file, 0 to 2^32 - 1.
-        size_bytes: Plaintext size of the tensor.
+        cipher: Under the file's own chunk key.
+        name: The tensor's name; empty where all are hidden.
+        index: Position of the stream in the file, 0 to 2^32 - 1.
+        size_bytes: Plaintext size of the stream.
         chunk_bytes: Plaintext size of every chunk but the last.
     """
 
-    cipher: AESGCM
+    cipher: Cipher
     name: str
     index: int
     size_bytes: int
@@ -63,7 +63,7 @@ class ChunkStream:
         return chunk_count(self.size_bytes, self.chunk_bytes)
 
     def span(self, chunk: int) -> tuple[int, int]:
-        """Return where a chunk's plaintext starts and stops in the tensor, in bytes."""
+        """Return where a chunk's plaintext starts and stops in the stream, in bytes."""
         start = chunk * self.chunk_bytes
         return start, min(start + self.chunk_bytes, self.size_bytes)
 
@@ -84,13 +84,13 @@ class ChunkStream:
         self.cipher.decrypt_into(self._nonce(chunk), ciphertext, self._aad(chunk), out)
 
     def _nonce(self, chunk: int) -> bytes:
-        # GCM breaks when a nonce repeats under one key. The key is new for every file (a fresh random salt
-        # goes into it), and inside a file (tensor, chunk) names one chunk, so a counter can never repeat
+        # Both ciphers break when a nonce repeats under one key. The key is new for every file (a fresh random salt
+        # goes into it), and inside a file (stream, chunk) names one chunk, so a counter can never repeat
         # where a random 96-bit nonce would only be unlikely to.
         last = chunk == self.count - 1
         return self.index.to_bytes(4, "big") + chunk.to_bytes(7, "big") + bytes([last])
 
     def _aad(self, chunk: int) -> bytes:
         # The fixed-width counter stands first, so that no (chunk, name) can be read as another. All else that
-        # must be bound (model, set, shard, sizes, order) is in the header, whose hash is in the key.
+        # must be bound (model, set, shard, sizes, order, dtypes, shapes) is in the header, whose hash is in the key.
         return chunk.to_bytes(8, "big") + self.name.encode()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
-from hf_wmguard.container.files import TensorData
+from hf_wmguard.container.files import TensorData, TensorInfo
 from hf_wmguard.errors import FormatError, UnsupportedError
 
 _NAMES = {
@@ -41,7 +44,54 @@ def encode(name: str, tensor: Tensor) -> TensorData:
     )
 
 
-def decode(dtype: str, shape: tuple[int, ...], buffer: bytearray) -> Tensor:
+class TensorBytes:
+    """A tensor whose bytes are brought to the CPU, contiguous, when the first of them is asked for.
+
+    Args:
+        name: For messages.
+        tensor: On any device.
+    Raises:
+        UnsupportedError: As `encode`.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype not in _NAMES:
+            raise UnsupportedError(f"{name}: dtype {tensor.dtype} cannot be saved", hint="convert the tensor first")
+        self._name, self._tensor = name, tensor
+        self._bytes: memoryview | None = None
+        self._lock = threading.Lock()
+
+    def info(self) -> TensorInfo:
+        """Return what the tensor is; moves nothing."""
+        size_bytes = self._tensor.numel() * self._tensor.element_size()
+        return TensorInfo(dtype=_NAMES[self._tensor.dtype], shape=tuple(self._tensor.shape), size_bytes=size_bytes)
+
+    def part(self, start: int, stop: int, scratch: memoryview) -> memoryview:
+        """Return the bytes ``start`` to ``stop``, not copied where the tensor is contiguous on the CPU."""
+        with self._lock:
+            if self._bytes is None:
+                self._bytes = encode(self._name, self._tensor).view()
+        return self._bytes[start:stop]
+
+
+class Encoded(Mapping[str, TensorBytes]):
+    """Tensors as `write_protected` takes them: one that lies on another device is copied when it is its turn."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> TensorBytes:
+        # A new one for each look: the copy goes when the writer is done with it.
+        return TensorBytes(name, self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def decode(dtype: str, shape: tuple[int, ...], buffer: bytearray | memoryview) -> Tensor:
     """Return the tensor in a buffer, without copying it.
 
     Raises:

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_wmguard.errors import FormatError, UnsupportedError
-from hf_wmguard.suspects.tensors import decode, encode
+from hf_wmguard.suspects.tensors import Encoded, decode, encode
 
 DTYPES = [
     torch.float64,
@@ -85,3 +85,21 @@ def test_a_dtype_that_files_do_not_have() -> None:
 def test_bytes_that_are_no_such_tensor(dtype: str, shape: tuple[int, ...], size: int) -> None:
     with pytest.raises(FormatError):
         decode(dtype, shape, bytearray(size))
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(6.0), torch.arange(6.0).reshape(2, 3).T, torch.zeros(0, 3)])
+def test_bytes_come_when_they_are_asked_for(tensor: Tensor) -> None:
+    tensors = Encoded({"w": tensor})
+    assert (list(tensors), len(tensors)) == (["w"], 1)
+    expected = encode("w", tensor)
+    assert tensors["w"].info() == expected.info()
+    whole = expected.info().size_bytes
+    assert tensors["w"].part(0, whole, memoryview(b"")) == expected.view()
+    assert tensors["w"].part(whole // 2, whole, memoryview(b"")) == expected.view()[whole // 2 :]
+    if tensor.numel() and tensor.is_contiguous():
+        one = tensors["w"]
+        view = one.part(0, whole, memoryview(b""))
+        tensor[0] = 7
+        assert bytes(view[:4]) == bytes(encode("w", tensor).view()[:4])
+    with pytest.raises(UnsupportedError, match="dtype"):
+        Encoded({"w": torch.zeros(2, dtype=torch.complex64)})["w"]
