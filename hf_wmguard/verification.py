@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.recipients import Identity, X25519Identity, load_identity
 from hf_wmguard.errors import ConfigError, RegistryError
 from hf_wmguard.evidence.recording import Transcript
@@ -62,7 +63,7 @@ def verify(
         NotFoundError, FormatError: The suspect cannot be read.
     """
     _check_alpha(alpha_log10)
-    owner = OwnerKey.load(owner_key)
+    owner = load_owner(owner_key)
     candidates = [one for one in _committed(owner, registry, model_id) if one.record.carriers]
     if not candidates:
         raise RegistryError(
@@ -141,7 +142,7 @@ def probe(
         EndpointError: The suspect answered nothing at all. Where it stops answering later, that is in the report.
     """
     _check_alpha(alpha_log10)
-    owner = OwnerKey.load(owner_key)
+    owner = load_owner(owner_key)
     asker, is_local = _asker_of(suspect, tokenizer)
     plan = Plan(
         method=method or ("fixed" if is_local else "sequential"),
