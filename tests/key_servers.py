@@ -160,6 +160,15 @@ class AzureVault(Service):
         return 200, {"kid": path, "value": base64.urlsafe_b64encode(plain).rstrip(b"=").decode()}
 
 
+class AwsErrors(Service):
+    """AWS KMS when it says no, in the JSON 1.1 protocol: what moto's server never does."""
+
+    def mooded(self) -> Answer | None:
+        if self.mood == "silent":
+            time.sleep(3)
+        return 400, {"__type": self.mood, "message": "SECRET-IN-ANSWER"}
+
+
 class _Handler(BaseHTTPRequestHandler):
     service: ClassVar[Service]
     protocol_version = "HTTP/1.1"

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-from key_servers import AzureVault, GoogleKms, Service, Transit, serving, write_certificate
+from key_servers import AwsErrors, AzureVault, GoogleKms, Service, Transit, serving, write_certificate
 
 from hf_wmguard.container.owner import load_owner, write_sealed
 from hf_wmguard.container.providers.awskms import AwsKms
@@ -234,6 +234,36 @@ def test_a_service_in_a_bad_mood(kept: Kept, mood: str, kind: type[WmguardError]
     if mood == "busy":
         # It was asked again before we gave up.
         assert len(kept.server.requests) - asked > 2
+
+
+@pytest.mark.parametrize(
+    ("mood", "kind"),
+    [
+        ("AccessDeniedException", AuthenticationError),
+        ("IncorrectKeyException", AuthenticationError),
+        ("DisabledException", AuthenticationError),
+        ("ExpiredTokenException", AuthenticationError),
+        ("NotFoundException", NotFoundError),
+        ("ThrottlingException", KeyServiceError),
+        ("KMSInternalException", KeyServiceError),
+        ("silent", KeyServiceError),
+    ],
+)
+def test_aws_in_a_bad_mood(mood: str, kind: type[WmguardError], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = AwsErrors()
+    server.mood = mood
+    with serving(server) as port:
+        monkeypatch.setenv("WMGUARD_SERVICE_TIMEOUT_S", "0.5")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+        before = time.monotonic()
+        with pytest.raises(kind) as caught:
+            AwsKms("arn:aws:kms:eu-west-1:123456789012:key/1234abcd").unwrap(b"x", {})
+        assert time.monotonic() - before < 20
+        assert "SECRET" not in str(caught.value)
+        if mood == "ThrottlingException":
+            assert len(server.requests) == 3
 
 
 @every

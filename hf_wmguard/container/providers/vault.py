@@ -74,9 +74,17 @@ class Vault:
         mount, _, key = self.name.rpartition("/")
         try:
             with Session() as session:
+                # A session of our own takes these from nobody else.
+                session.verify = os.environ.get("VAULT_CACERT") or os.environ.get("VAULT_CAPATH") or True
                 session.mount(address, HTTPAdapter(max_retries=retry))
                 # allow_redirects: the token is not carried to wherever a server points.
-                client = hvac.Client(url=address, session=session, timeout=timeout_s(), allow_redirects=False)
+                client = hvac.Client(
+                    url=address,
+                    namespace=os.environ.get("VAULT_NAMESPACE"),
+                    session=session,
+                    timeout=timeout_s(),
+                    allow_redirects=False,
+                )
                 if not client.token:
                     raise no_credentials(KIND, "set VAULT_TOKEN, or log in with: vault login")
                 data = encode_base64(canonical_json(dict(context)))
