@@ -39,7 +39,7 @@ class Rewrapped:
     Args:
         added: Names (``key_id``) of the new recipients.
         removed: Names of those that were taken out.
-        recipients: Kind and name of each, in the file's order; the owner is the first.
+        recipients: Kind and name of each, in the file's order; the owner is the first, unless it was removed.
     """
 
     added: tuple[str, ...]
@@ -111,7 +111,8 @@ def _named(file: RecipientsFile, remove: Sequence[str], *, remove_owner: bool) -
             )
     if present[0] in names and not remove_owner:
         raise UsageError(
-            "this would remove the owner", hint="pass --remove-owner if the owner must not open it any more"
+            "this would remove the owner: the first recipient of a save",
+            hint="pass --remove-owner if the owner must not open it any more",
         )
     return names
 

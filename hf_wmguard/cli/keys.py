@@ -125,6 +125,6 @@ def rewrap(
         print_json({"folder": str(protected), **names, "recipients": list(done.recipients)})
         return
     table = pairs_table("recipients")
-    for index, one in enumerate(done.recipients):
-        table.add_row(one["kind"] if index else f"{one['kind']} (owner)", one["recipient"])
+    for one in done.recipients:
+        table.add_row(one["kind"], one["recipient"])
     console.print(table)

@@ -139,8 +139,8 @@ def inspect(
     for name in ("model_id", "iteration", "state", "step", "created", "commitment", "commitment_time"):
         table.add_row(name, escape(str(value[name])))
     table.add_row("signer", f"{key_id}{'' if signer else ' (self-asserted: pin it with --signer)'}")
-    for index, one in enumerate(names):
-        table.add_row("recipient" if index else "recipient (owner)", escape(f"{one['kind']} {one['recipient']}"))
+    for one in names:
+        table.add_row("recipient", escape(f"{one['kind']} {one['recipient']}"))
     for name, number in (value["signature"] or {}).items():
         table.add_row(f"signature.{name}", str(number))
     for name, number in (value["triggers"] or {}).items():
