@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+import pty
+import select
 import shutil
 import stat
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,23 +103,24 @@ def _load_with_words(path: Path) -> OwnerKey:
 
 
 def _on_a_terminal(arguments: list[str], answers: list[str]) -> tuple[str, int]:
-    child, terminal = os.forkpty()
-    if child == 0:
-        code = "from hf_wmguard.cli.main import main; main()"
-        os.execv(sys.executable, [sys.executable, "-c", code, *arguments])  # noqa: S606
-    shown = b""
-    while True:
-        try:
-            piece = os.read(terminal, 1000)
-        except OSError:
-            break
-        if not piece:
-            break
-        shown += piece
-        if piece.endswith(b": ") and answers:
-            os.write(terminal, answers.pop(0).encode() + b"\n")
-    os.close(terminal)
-    return shown.decode(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ours, theirs = pty.openpty()
+    code = "from hf_wmguard.cli.main import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        shown, deadline = b"", time.monotonic() + 120
+        while time.monotonic() < deadline and select.select([ours], [], [], 120)[0]:
+            try:
+                shown += os.read(ours, 1000)
+            except OSError:
+                # Nobody holds the other end any more.
+                break
+            # The prompt's last space comes once the echo is off.
+            if shown.endswith(b": ") and answers:
+                os.write(ours, answers.pop(0).encode() + b"\n")
+        os.close(ours)
+    return shown.decode(), process.returncode
 
 
 # rewrap
