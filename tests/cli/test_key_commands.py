@@ -148,7 +148,7 @@ def test_rewrap(wmguard: Command, guarded: Run, folder: Path, tmp_path: Path, mo
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"wmguard_recipients.json"}
     assert json.loads(wmguard("inspect", folder, "--json").out)["recipients"] == value["recipients"]
-    shown = "".join(wmguard("inspect", folder).out.split())
+    shown = "".join(wmguard("inspect", folder).out.replace("│", "").split())
     assert all(one["recipient"] in shown for one in value["recipients"])
     assert wmguard("decrypt", folder, tmp_path / "a", "--identity", raw).code == 0
     assert wmguard("decrypt", folder, tmp_path / "b", "--identity", f"file:{tmp_path}/new.key").code == 0
