@@ -22,6 +22,10 @@ C = TypeVar("C")
 MAX_NAME_CHARACTERS = 200
 MAX_TRIGGERS = 4096
 MAX_CONFIG_BYTES = 1 << 20
+RECIPIENT_SCHEMES = frozenset(
+    {"awskms", "azurekv", "env", "file", "gcpkms", "keyring", "passphrase", "pkcs11", "rawkey", "vault"}
+)
+OWNER_SCHEMES = RECIPIENT_SCHEMES
 
 
 def _require(condition: bool, what: str, got: object, hint: str) -> None:
@@ -29,10 +33,13 @@ def _require(condition: bool, what: str, got: object, hint: str) -> None:
         raise ConfigError(f"{what}: got {got!r}", hint=hint)
 
 
-def _require_reference(ref: str, what: str) -> None:
-    if not ref.startswith(("file:", "env:")):
+def _require_reference(ref: str, what: str, schemes: frozenset[str]) -> None:
+    if ref.partition(":")[0] not in schemes or ":" not in ref:
         # Not repeated in the message: somebody may have put the key itself here.
-        raise ConfigError(f"{what}: not a key reference", hint="write file:PATH or env:NAME, never the key itself")
+        raise ConfigError(
+            f"{what}: not a key reference",
+            hint=f"write file:PATH or env:NAME ({', '.join(sorted(schemes))}; see docs/keys.md), never the key itself",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +165,9 @@ class ProtectionConfig:
     """What is written to disk, and for whom.
 
     Args:
-        recipients: References to the recipients' public keys (``file:inference.pub``). The owner can always
-            open what the owner saved.
+        recipients: References to the recipients' public keys (``file:inference.key.pub``) or to keys that a
+            service, a keyring or a token keeps (``awskms:alias/models``; ``docs/keys.md`` lists all). The owner can
+            always open what the owner saved.
         destination: A folder that gets the finished protected model when training ends, or None: only where the
             Trainer saves.
     """
@@ -170,7 +178,7 @@ class ProtectionConfig:
     def __post_init__(self) -> None:
         _settle(self, "protection")
         for recipient in self.recipients:
-            _require_reference(recipient, "protection.recipients")
+            _require_reference(recipient, "protection.recipients", RECIPIENT_SCHEMES)
         _require(
             self.destination is None or "://" not in self.destination,
             "protection.destination",
@@ -212,7 +220,7 @@ class WatermarkConfig:
                 f"expected 1 to {MAX_NAME_CHARACTERS} printable characters",
             )
         _require(bool(self.registry), "registry", self.registry, "expected a folder")
-        _require_reference(self.owner_key, "owner_key")
+        _require_reference(self.owner_key, "owner_key", OWNER_SCHEMES)
         _require(
             self.signature is not None or self.triggers is not None,
             "signature and triggers",

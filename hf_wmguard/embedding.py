@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_wmguard.atomic import sync_folder
 from hf_wmguard.config import WatermarkConfig
+from hf_wmguard.container.owner import load_owner
 from hf_wmguard.errors import ConfigError, EnvironmentFault, NotFoundError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import WEIGHT_SUFFIXES, is_trainer_state
 from hf_wmguard.evidence.registry import Registry
@@ -172,7 +173,7 @@ def _owner(config: WatermarkConfig) -> OwnerKey:
         raise ConfigError(
             "the config switches the signature off", hint="without training there is nothing else to embed"
         )
-    return OwnerKey.load(config.owner_key)
+    return load_owner(config.owner_key)
 
 
 def _carrying_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

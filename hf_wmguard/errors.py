@@ -18,6 +18,7 @@
     └── EnvironmentFault                4   something outside is missing
         ├── NotFoundError               4   a file or folder
         ├── EndpointError               4   an API that cannot be asked, or not any more
+        ├── KeyServiceError             4   a key service or token that does not answer, or is too busy
         ├── UnsavedRunError             4   a marked model that was never saved
         └── MissingDependencyError      4   a package
 
@@ -36,6 +37,7 @@ __all__ = [
     "IntegrityError",
     "KeyFormatError",
     "KeyPermissionError",
+    "KeyServiceError",
     "ManifestError",
     "MissingDependencyError",
     "NonFiniteWeightError",
@@ -141,6 +143,10 @@ class NotFoundError(EnvironmentFault):
 
 class EndpointError(EnvironmentFault):
     """An API that cannot be asked, or not any more."""
+
+
+class KeyServiceError(EnvironmentFault):
+    """A key service, keyring or token that does not answer, or is too busy. Trying again later may help."""
 
 
 class UnsavedRunError(EnvironmentFault):

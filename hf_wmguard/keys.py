@@ -17,8 +17,9 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
@@ -35,6 +36,7 @@ from hf_wmguard.errors import (
     UsageError,
 )
 
+T = TypeVar("T")
 OWNER_KEY_BYTES = 32
 MAX_KEY_FILE_BYTES = 64 * 1024
 _SCHEMES = ("file:", "env:")
@@ -146,6 +148,10 @@ class OwnerKey:
             UsageError: One of the two files exists; keys are never overwritten.
         """
         write_key_pair(path, self.__secret, self.public_pem())
+
+    def wrapped(self, wrap: Callable[[bytes], T]) -> T:
+        """Return what a wrapping function makes of the secret: beside `write` the only way in which it leaves."""
+        return wrap(self.__secret)
 
     def derive(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.recipients import Identity, X25519Identity, load_identity
 from hf_wmguard.errors import ConfigError, RegistryError, TranscriptError
 from hf_wmguard.evidence.recording import Transcript
@@ -68,7 +69,7 @@ def verify(
         TranscriptError: The transcript is unfinished, was changed, or is signed by another.
     """
     check_alpha(alpha_log10)
-    owner = OwnerKey.load(owner_key)
+    owner = load_owner(owner_key)
     committed = find_commitments(owner, registry, model_id)
     answers = None if transcript is None else _answers(Path(transcript), owner, committed)
     candidates = [one for one in committed if one.record.carriers]
@@ -195,7 +196,7 @@ def probe(
         EndpointError: The suspect answered nothing at all. Where it stops answering later, that is in the report.
     """
     check_alpha(alpha_log10)
-    owner = OwnerKey.load(owner_key)
+    owner = load_owner(owner_key)
     asker, is_local = _asker_of(suspect, tokenizer)
     plan = Plan(
         method=method or ("fixed" if is_local else "sequential"),

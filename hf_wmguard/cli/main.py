@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,9 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from hf_wmguard.cli.embed import embed
+from hf_wmguard.cli.keys import ask_passphrase, keygen, rewrap
 from hf_wmguard.cli.options import (
+    IDENTITY_HELP,
     AlphaOption,
     IdentityOption,
     JsonOption,
@@ -27,7 +28,9 @@ from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
 from hf_wmguard.cli.stress import stress
+from hf_wmguard.container.asking import asking
 from hf_wmguard.errors import WmguardError
+from hf_wmguard.hardening import switch_off_core_dumps
 
 _INTERRUPTED = 130
 _WHOLE = "the output folder is whole or does not exist"
@@ -36,6 +39,7 @@ _LEFT = {
     "embed": f"{_WHOLE}; a commitment that was made stays in the registry and is harmless",
     "decrypt": _WHOLE,
     "protect": _WHOLE,
+    "rewrap": "the recipients are either the old ones or the new ones: wmguard inspect lists them",
     "probe": "with --transcript the same command goes on where this one stopped; without it nothing was kept",
     "stress": "the same command goes on where this one stopped",
 }
@@ -60,42 +64,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-class KeyKind(StrEnum):
-    """What ``keygen`` makes."""
-
-    owner = "owner"
-    recipient = "recipient"
-
-
-@app.command()
-def keygen(
-    kind: Annotated[KeyKind, typer.Argument(help="owner: marks and signs; recipient: decrypts for inference.")],
-    out: Annotated[Path, typer.Option("--out", help="The private file; the public one is FILE.pub.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Make an owner key or a recipient pair (FILE, mode 0600, and FILE.pub)."""
-    from hf_wmguard.container.recipients import generate_identity
-    from hf_wmguard.keys import OwnerKey, write_key_pair
-
-    if kind is KeyKind.owner:
-        owner = OwnerKey.generate()
-        owner.write(out)
-        public = owner.key_id()
-    else:
-        identity = generate_identity()
-        public = identity.recipient().to_text().strip()
-        write_key_pair(out, identity.to_text().encode(), f"{public}\n".encode())
-    result = {"kind": kind.value, "private": str(out), "public": f"{out}.pub", "id": public}
-    if as_json:
-        print_json(result)
-    else:
-        console.print(
-            f"{kind.value} key: {out} (keep it secret, back it up)\npublic half: {out}.pub\nid: {public}",
-            markup=False,
-            soft_wrap=True,
-        )
 
 
 @app.command()
@@ -158,6 +126,7 @@ def inspect(
         read_manifest,
     )
     from hf_wmguard.evidence.signing import load_signer
+    from hf_wmguard.rewrapping import list_recipients
     from hf_wmguard.suspects.protected import weight_names
 
     manifest, key_id = read_manifest(protected, signer=load_signer(signer) if signer else None)
@@ -170,6 +139,8 @@ def inspect(
     value["not_covered"] = sorted(
         path.name for path in protected.iterdir() if path.is_file() and path.name not in covered
     )
+    names = list_recipients(protected)
+    value["recipients"] = list(names)
     value["headers"] = {name: inspect_file(protected / name) for name in weight_names(manifest)}
     if as_json:
         print_json(value)
@@ -178,6 +149,8 @@ def inspect(
     for name in ("model_id", "iteration", "state", "step", "created", "commitment", "commitment_time"):
         table.add_row(name, escape(str(value[name])))
     table.add_row("signer", f"{key_id}{'' if signer else ' (self-asserted: pin it with --signer)'}")
+    for one in names:
+        table.add_row("recipient", escape(f"{one['kind']} {one['recipient']}"))
     for name, number in (value["signature"] or {}).items():
         table.add_row(f"signature.{name}", str(number))
     for name, number in (value["triggers"] or {}).items():
@@ -193,7 +166,7 @@ def inspect(
 def decrypt(
     protected: Annotated[Path, typer.Argument(help="A protected folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the plaintext.")],
-    identity: Annotated[str, typer.Option("--identity", help="Private key of a recipient: file:PATH or env:NAME.")],
+    identity: Annotated[str, typer.Option("--identity", help=f"What opens it: {IDENTITY_HELP}.")],
     signer: SignerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -214,6 +187,8 @@ def decrypt(
             console.print(str(file), markup=False, highlight=False, soft_wrap=True)
 
 
+app.command()(keygen)
+app.command()(rewrap)
 app.command()(embed)
 app.command()(plan)
 app.command()(probe)
@@ -223,8 +198,10 @@ app.command()(stress)
 
 def main() -> None:
     """Run the command line; every error of ours becomes two lines on stderr and the exit code of its class."""
+    switch_off_core_dumps()
     try:
-        app()
+        with asking(ask_passphrase):
+            app()
     except WmguardError as error:
         _complain(error.message, error.hint)
         sys.exit(error.exit_code)

@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
-OwnerKeyOption = Annotated[str, typer.Option("--owner-key", help="Reference to the owner key: file:PATH or env:NAME.")]
+IDENTITY_HELP = "file:PATH, env:NAME, keyring:, passphrase:, awskms:, vault: and more (docs/keys.md)"
+OwnerKeyOption = Annotated[
+    str,
+    typer.Option(
+        "--owner-key", help="Reference to the owner key: file:PATH, env:NAME, keyring:SERVICE/NAME, or KEY@file:PATH."
+    ),
+]
 RegistryOption = Annotated[Path, typer.Option("--registry", help="Folder of the owner's registry.")]
 ModelIdOption = Annotated[str | None, typer.Option("--model-id", help="Only this model's commitments.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 AlphaOption = Annotated[float, typer.Option("--alpha-log10", help="Level of the verdict, log10 of p, below 0.")]
 IdentityOption = Annotated[
-    str | None, typer.Option("--identity", help="Private key of a recipient, for a protected folder.")
+    str | None, typer.Option("--identity", help=f"What opens a protected folder: {IDENTITY_HELP}.")
 ]
 SignerOption = Annotated[
     str | None,

@@ -1,7 +1,8 @@
 """Who may open a save: its DEK wrapped once per recipient, in one file beside the ciphertext.
 
 The nouns are those of age: a *recipient* is a public key that can wrap a DEK, an *identity* is the private
-key that unwraps it, a *stanza* is one wrapped DEK. Recipients change without touching ciphertext.
+key that unwraps it, a *stanza* is one wrapped DEK. Some keys are both: passphrases, raw keys, keys of a service.
+Recipients change without touching ciphertext.
 
 HPKE has no sender: whoever knows a recipient's public key can wrap a DEK of his own for it. Such a file opens
 and then fits no ciphertext, because every protected file commits to its DEK. Whoever replaces both makes a
@@ -18,15 +19,11 @@ from dataclasses import dataclass, replace
 from hf_wmguard.canonical import canonical_json, parse_canonical, require_object
 from hf_wmguard.container.checks import reading
 from hf_wmguard.container.format import DEK_BYTES, derive_key
+from hf_wmguard.container.kinds import parse_stanza
+from hf_wmguard.container.passphrase import MAX_PASSPHRASE_STANZAS, PASSPHRASE_KIND
+from hf_wmguard.container.references import load_identity, load_recipient
 from hf_wmguard.container.stanzas import Identity, Recipient, Stanza, WrapContext
-from hf_wmguard.container.x25519 import (
-    X25519_KIND,
-    X25519Identity,
-    X25519Recipient,
-    generate_identity,
-    load_identity,
-    load_recipient,
-)
+from hf_wmguard.container.x25519 import X25519Identity, X25519Recipient, generate_identity
 from hf_wmguard.errors import AuthenticationError, FormatError, ManifestError, UsageError
 
 __all__ = [
@@ -49,8 +46,6 @@ VERSION = 1
 MAX_RECIPIENTS_FILE_BYTES = 1024 * 1024
 MAX_STANZAS = 1000
 
-# The fields of a stanza by its kind. A new kind of recipient is one more entry, and one more class.
-STANZA_FIELDS = {X25519_KIND: dict.fromkeys(("kind", "recipient", "ciphertext"), (str,))}
 _FILE_FIELDS = {
     "version": (int,),
     **dict.fromkeys(("set_id", "model_id", "dek_commitment", "mac"), (str,)),
@@ -89,6 +84,11 @@ class RecipientsFile:
             raise UsageError(f"{len(self.stanzas)} recipients", hint=f"name 1 to {MAX_STANZAS}")
         if len({stanza["recipient"] for stanza in self.stanzas}) != len(self.stanzas):
             raise UsageError("a recipient is named twice", hint="name each recipient once")
+        if sum(stanza["kind"] == PASSPHRASE_KIND for stanza in self.stanzas) > MAX_PASSPHRASE_STANZAS:
+            # Each costs its reader an Argon2id.
+            raise UsageError(
+                f"more than {MAX_PASSPHRASE_STANZAS} passphrases", hint="give more readers key pairs, not passphrases"
+            )
 
     @classmethod
     def parse(cls, data: bytes) -> RecipientsFile:
@@ -108,7 +108,7 @@ class RecipientsFile:
             return cls(
                 context=WrapContext(set_id=document["set_id"], model_id=document["model_id"]),
                 dek_commitment=document["dek_commitment"],
-                stanzas=tuple(_parse_stanza(entry) for entry in document["stanzas"]),
+                stanzas=tuple(parse_stanza(entry) for entry in document["stanzas"]),
                 mac=document["mac"],
             )
 
@@ -140,7 +140,12 @@ class RecipientsFile:
         """
         commitment = dek_commitment(dek, context.set_id)
         file = cls(context=context, dek_commitment=commitment, stanzas=tuple(stanzas))
-        return replace(file, mac=file.expected_mac(dek))
+        file = replace(file, mac=file.expected_mac(dek))
+        if len(file.encode()) > MAX_RECIPIENTS_FILE_BYTES:
+            raise UsageError(
+                f"{len(stanzas)} recipients take more than {MAX_RECIPIENTS_FILE_BYTES} bytes", hint="name fewer"
+            )
+        return file
 
     def unwrap(self, identities: Sequence[Identity]) -> bytes:
         """Return the DEK, once the whole file has proved authentic under it; errors as `open_recipients`."""
@@ -212,11 +217,3 @@ def open_recipients(
                 hint="it belongs to another save; fetch the whole folder again",
             )
     return file.unwrap(identities)
-
-
-def _parse_stanza(entry: object) -> Stanza:
-    kind = entry.get("kind") if isinstance(entry, dict) else None
-    fields = STANZA_FIELDS.get(kind) if isinstance(kind, str) else None
-    if fields is None:
-        raise FormatError(f"a stanza of kind {kind!r}, expected {', '.join(STANZA_FIELDS)}", hint="update hf-wmguard")
-    return require_object(entry, fields, "stanza")

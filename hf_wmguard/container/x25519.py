@@ -1,4 +1,4 @@
-"""Recipients and identities by X25519 and HPKE, and the one-line text files they live in.
+"""Recipients and identities by X25519 and HPKE.
 
 Source: RFC 9180, base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM.
 """
@@ -13,15 +13,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
 from hf_wmguard.canonical import decode_base64, encode_base64
+from hf_wmguard.container.lines import KEYGEN, format_line, identity_prefix, parse_line, recipient_prefix
 from hf_wmguard.container.stanzas import Stanza, WrapContext
 from hf_wmguard.errors import AuthenticationError, KeyFormatError
-from hf_wmguard.keys import OwnerKey, read_reference
+from hf_wmguard.keys import OwnerKey
 
 X25519_KIND = "x25519"
-_IDENTITY_PREFIX = "wmguard-identity-x25519-v1:"
-_RECIPIENT_PREFIX = "wmguard-recipient-x25519-v1:"
 _KEY_BYTES = 32
-_KEYGEN = "make one with: wmguard keygen recipient --out FILE"
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
@@ -40,12 +38,12 @@ class X25519Recipient:
         Raises:
             KeyFormatError: Not such a line. The text is not repeated, since it may be a private key.
         """
-        data = _parse_line(text, _RECIPIENT_PREFIX, "recipient")
+        data = parse_line(text, recipient_prefix(X25519_KIND), "recipient", _KEY_BYTES)
         return cls(X25519PublicKey.from_public_bytes(data))
 
     def to_text(self) -> str:
         """Return the line that `parse` reads, with its newline."""
-        return f"{_RECIPIENT_PREFIX}{encode_base64(self._public.public_bytes_raw())}\n"
+        return format_line(recipient_prefix(X25519_KIND), self._public.public_bytes_raw())
 
     @property
     def key_id(self) -> str:
@@ -90,7 +88,7 @@ class X25519Identity:
         if len(data) != _KEY_BYTES or len(set(data)) == 1:
             raise KeyFormatError(
                 f"an identity of {len(data)} bytes, expected {_KEY_BYTES} random ones",
-                hint=_KEYGEN,
+                hint=KEYGEN,
             )
         return cls(X25519PrivateKey.from_private_bytes(data))
 
@@ -106,11 +104,11 @@ class X25519Identity:
         Raises:
             KeyFormatError: Not such a line. The text is never repeated.
         """
-        return cls.from_bytes(_parse_line(text, _IDENTITY_PREFIX, "identity"))
+        return cls.from_bytes(parse_line(text, identity_prefix(X25519_KIND), "identity", _KEY_BYTES))
 
     def to_text(self) -> str:
         """Return the line that `parse` reads, with its newline. It is the secret: write it with mode 0600."""
-        return f"{_IDENTITY_PREFIX}{encode_base64(self.__key.private_bytes_raw())}\n"
+        return format_line(identity_prefix(X25519_KIND), self.__key.private_bytes_raw())
 
     def recipient(self) -> X25519Recipient:
         """Return the public half."""
@@ -139,40 +137,3 @@ class X25519Identity:
 def generate_identity() -> X25519Identity:
     """Return a fresh random identity."""
     return X25519Identity(X25519PrivateKey.generate())
-
-
-def load_recipient(ref: str) -> X25519Recipient:
-    """Return the recipient a reference points to; errors as `read_reference` and `X25519Recipient.parse`."""
-    return X25519Recipient.parse(_load_line(ref, what="recipient", private=False))
-
-
-def load_identity(ref: str) -> X25519Identity:
-    """Return the identity a reference points to; errors as `read_reference` and `X25519Identity.parse`."""
-    return X25519Identity.parse(_load_line(ref, what="identity", private=True))
-
-
-def _load_line(ref: str, *, what: str, private: bool) -> str:
-    try:
-        return read_reference(ref, what=what, private=private).decode("ascii")
-    except UnicodeDecodeError:
-        raise KeyFormatError(
-            f"{what}: not a line of text; an owner key is not {what}",
-            hint=_KEYGEN,
-        ) from None
-
-
-def _parse_line(text: str, prefix: str, what: str) -> bytes:
-    """Return the 32 bytes behind a prefix. An error never repeats the text: it may be a secret."""
-    line = text.strip()
-    if prefix == _RECIPIENT_PREFIX and line.startswith(_IDENTITY_PREFIX):
-        raise KeyFormatError(
-            "recipient: this is a private identity", hint="pass its public half, the file that ends in .pub"
-        )
-    if prefix == _IDENTITY_PREFIX and line.startswith(_RECIPIENT_PREFIX):
-        raise KeyFormatError("identity: this is a public recipient", hint="pass the private file, without .pub")
-    if not line.startswith(prefix):
-        raise KeyFormatError(f"{what}: expected one line that starts with {prefix}", hint=_KEYGEN)
-    data = decode_base64(line.removeprefix(prefix), what, error=KeyFormatError)
-    if len(data) != _KEY_BYTES:
-        raise KeyFormatError(f"{what}: {len(data)} bytes, expected {_KEY_BYTES}", hint=_KEYGEN)
-    return data

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hf_wmguard.container.owner import load_owner
 from hf_wmguard.errors import ConfigError, WmguardError
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.reports import Report
@@ -65,7 +66,7 @@ def run_suite(
         NotFoundError, FormatError, UnsupportedError: A model or text cannot be read.
     """
     chosen = _choose(names)
-    owner = OwnerKey.load(owner_key)
+    owner = load_owner(owner_key)
     digests = _subject(owner, {"sha256": folder, "base": base, "other": other}, {"text": text, "data": data})
     subject = {**digests, "model_id": model_id, "quick": quick}
 

@@ -13,6 +13,7 @@ from hf_wmguard.container.files import FileContext, ProtectedFile
 from hf_wmguard.container.recipients import Identity, dek_commitment, open_recipients
 from hf_wmguard.errors import ManifestError, NotFoundError
 from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, Manifest, check_sizes, digest_file, read_manifest
+from hf_wmguard.hardening import no_core_dumps
 
 MAX_RECIPIENTS_BYTES = 1 << 20
 WEIGHT_SUFFIX = ".safetensors"
@@ -51,9 +52,11 @@ def open_folder(
     manifest, key_id = read_manifest(path, signer=signer)
     check_sizes(path, manifest)
     _check_plain_files(path, manifest)
-    dek = open_dek(path, manifest, identities)
-    names = weight_names(manifest)
     with ExitStack() as stack:
+        # From the first secret to the last.
+        stack.enter_context(no_core_dumps())
+        dek = open_dek(path, manifest, identities)
+        names = weight_names(manifest)
         files = tuple(
             stack.enter_context(ProtectedFile(path / name, dek=dek, context=file_context(manifest, index, len(names))))
             for index, name in enumerate(names, start=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from transformers import (
 )
 
 from hf_wmguard.config import WatermarkConfig
-from hf_wmguard.container.recipients import X25519Identity, load_recipient
+from hf_wmguard.container.owner import load_owner
+from hf_wmguard.container.recipients import X25519Identity, load_recipient, seal_recipients
 from hf_wmguard.errors import ManifestError, UnsavedRunError, UsageError
 from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
-from hf_wmguard.keys import OwnerKey
+from hf_wmguard.hardening import hold, release
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.mark import Mark
@@ -41,17 +43,21 @@ class WatermarkCallback(TrainerCallback):
     metrics to ``state.log_history`` only, because a callback has no way to reach its Trainer.
 
     Args:
-        config: What to embed and how to protect it. The key and the recipients are read at once, so that a
-            missing key stops the script before training rather than after it.
+        config: What to embed and how to protect it. The key and the recipients are read and tried at once, so that
+            a missing key stops the script before training rather than after it.
     Raises:
         KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
+        AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
     """
 
     def __init__(self, config: WatermarkConfig) -> None:
         self.config = config
-        self.mark = Mark(config, OwnerKey.load(config.owner_key))
-        for reference in config.protection.recipients:
-            load_recipient(reference)
+        self.mark = Mark(config, load_owner(config.owner_key))
+        recipients = [load_recipient(reference) for reference in config.protection.recipients]
+        if recipients:
+            # A key that is never used: what refuses to wrap must say so now, not at the first save.
+            seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
+        self._holding = False
         self._trainer: Trainer | None = None
         self._logging = False
 
@@ -98,6 +104,10 @@ class WatermarkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the promises can be kept, then commit, before the first step."""
+        if not self._holding:
+            # Core dumps stay off while this trains; one that fails leaves them off.
+            hold()
+            self._holding = True
         check_arguments(args, attached=self._trainer is not None)
         model = self._guard(kwargs["model"])
         out, destination = Path(str(args.output_dir)), self.config.protection.destination
@@ -161,6 +171,9 @@ class WatermarkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bring the mark to its end, and write the finished model where the config says."""
+        if self._holding:
+            release()
+            self._holding = False
         self.mark.finish()
         destination = self.config.protection.destination
         if destination is not None:

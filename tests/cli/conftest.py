@@ -24,6 +24,9 @@ class Done:
 def wmguard(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Run ``wmguard`` with arguments."""
 
+    # The command's process is its own; here it is the tests', which may be debugged.
+    monkeypatch.setenv("WMGUARD_CORE_DUMPS", "1")
+
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["wmguard", *map(str, arguments)])
         capfd.readouterr()
