@@ -16,6 +16,7 @@ from hf_wmguard.atomic import sync_folder, write_atomic
 from hf_wmguard.canonical import canonical_json, canonical_time
 from hf_wmguard.container.files import FileContext, FileRecord, is_protected, write_protected
 from hf_wmguard.container.format import DEK_BYTES, PUBLIC_HEADER
+from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.plain import FileTensor, PlainFile
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
 from hf_wmguard.errors import EnvironmentFault, FormatError, NotFoundError, UnsupportedError, UsageError
@@ -139,7 +140,7 @@ def protect_folder(
     source, out = Path(model_dir), Path(out_dir)
     if owner_key is None and not recipients:
         raise UsageError("nobody could open the result", hint="name a recipient, or the owner's key")
-    owner = OwnerKey.load(owner_key) if owner_key is not None else OwnerKey.generate()
+    owner = load_owner(owner_key) if owner_key is not None else OwnerKey.generate()
     readers = [load_recipient(ref) for ref in recipients]
     if owner_key is not None:
         readers.insert(0, X25519Identity.from_owner(owner).recipient())
