@@ -37,6 +37,7 @@ from hf_wmguard.evidence.manifest import (
 )
 from hf_wmguard.evidence.registry import Entry, Registry, commitment_digest
 from hf_wmguard.keys import OwnerKey
+from hf_wmguard.suspects.protected import divert_unaware
 from hf_wmguard.suspects.reader import Encrypted, tile_reader
 from hf_wmguard.suspects.tensors import Encoded
 from hf_wmguard.watermark.baseline import Baseline
@@ -182,7 +183,7 @@ def commit(record: WatermarkRecord, registry: Path, owner: OwnerKey) -> Committe
 
 
 class ProtectedWriter:
-    """Write one save of a model into a folder: ciphertext first, the signed envelope last.
+    """Write one save of a model into a folder: ciphertext first, the signed manifest last.
 
     Everything is staged in a hidden folder beside its final place and moved at the end, so that a save that fails
     leaves the old one as it was. What is staged is ciphertext; plaintext is never written.
@@ -281,9 +282,10 @@ class ProtectedWriter:
         triggers: TriggerSummary | None = None,
         sealed_state: str | None = None,
     ) -> Manifest:
-        """Move the staged files to their places, then write recipients, manifest and, last, the envelope."""
+        """Move the staged files to their places, then write recipients, envelope and, last, the manifest."""
         if not self._records:
             raise FormatError("no weights were saved", hint="this model's save_pretrained writes no safetensors file")
+        divert_unaware(self.staging / "config.json")
         self._publish()
         entries = [
             FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256) for record in self._records

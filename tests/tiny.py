@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, 
 from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey, write_key_pair
+from hf_wmguard.protect import ProtectedWriter
+from hf_wmguard.training.saving import weights_go_to
 from hf_wmguard.watermark.prf import Stream
 from hf_wmguard.watermark.triggers import derive_texts
 
@@ -315,3 +317,38 @@ def run_plain(root: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str]) 
     trainer.train()
     trainer.save_model(str(root / "final"))
     return Run(root=root, trainer=trainer, recorder=recorder)
+
+
+def save_protected(
+    model: PreTrainedModel, folder: Path, config: WatermarkConfig, tokenizer: Any = None, **kwargs: Any
+) -> None:
+    """Save an unmarked model as a protected folder, as a guarded save of it before training would be."""
+    owner = OwnerKey.load(config.owner_key)
+    with ProtectedWriter(folder, config=config, owner=owner) as writer:
+        with weights_go_to(writer.add, model):
+            type(model).save_pretrained(model, writer.staging, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(writer.staging)
+        writer.finish(state="pending")
+
+
+def excerpts(tensors: Mapping[str, Tensor], count: int = 16) -> list[bytes]:
+    """Return 64 bytes of each of the largest float32 tensors, around its largest number.
+
+    Moments are too small for `PlaintextFinder`: in 16 bits most are 0 or nearly, which any file holds.
+    """
+    found = []
+    for tensor in sorted(tensors.values(), key=Tensor.numel)[-count:]:
+        flat = tensor.detach().float().flatten()
+        start = int(flat.abs().argmax()) // 16 * 16
+        found.append(flat[start : start + 16].numpy().tobytes())
+    return found
+
+
+def files_holding(root: Path, needles: list[bytes]) -> list[Path]:
+    """Return the files under a folder that hold one of some bytes."""
+    return [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and any(needle in data for data in [path.read_bytes()] for needle in needles)
+    ]

@@ -1,8 +1,9 @@
 """The signed manifest of a protected folder: write it, read it, check the files against it.
 
 Two files stand in the folder: the manifest itself, for people and programs to read, and an envelope that
-holds the same bytes signed by the owner (`hf_wmguard.evidence.signing`). The envelope is written last, so
-that a save that was interrupted has no valid one. The fields are described in `hf_wmguard.evidence.records`.
+holds the same bytes signed by the owner (`hf_wmguard.evidence.signing`). The manifest is written last, so
+that a save that was interrupted has no valid one, while its envelope already says whose folder it is. The
+fields are described in `hf_wmguard.evidence.records`.
 """
 
 from __future__ import annotations
@@ -72,15 +73,15 @@ def digest_file(path: Path) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest, owner: OwnerKey) -> None:
-    """Write the manifest, then the envelope that makes it valid, each atomically.
+    """Write the envelope, then the manifest that it signs, each atomically; neither is valid without the other.
 
     Raises:
         ManifestError: The manifest is larger than `read_manifest` would read.
     """
     data = manifest.to_bytes()
     envelope = sign(data, MANIFEST_TYPE, owner)
-    write_atomic(folder / MANIFEST_NAME, data)
     write_atomic(folder / ENVELOPE_NAME, envelope)
+    write_atomic(folder / MANIFEST_NAME, data)
 
 
 def read_manifest(folder: Path, *, signer: ec.EllipticCurvePublicKey | None = None) -> tuple[Manifest, str]:
@@ -221,8 +222,8 @@ def _sha256(path: Path, name: str, progress: Callable[[str, int], None] | None) 
 def check_free_for(folder: Path, *, key_id: str, model_id: str) -> None:
     """Check that a save may go into a folder: nothing protected is there, or the same owner's same model.
 
-    The signed envelope alone says whose folder it is: after a save over an older one that was killed just before
-    its envelope, the older envelope is still the same owner's, and the next save mends the folder.
+    The signed envelope alone says whose folder it is: after a save that was killed just before its manifest, over an
+    older one or not, it is the same owner's, and the next save mends the folder.
 
     Raises:
         OwnershipError: The folder holds another signer's model, another model, or an envelope that does not hold.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import tempfile
@@ -16,18 +15,19 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_wmguard.container.files import ProtectedFile
 from hf_wmguard.container.recipients import Identity, load_identity
 from hf_wmguard.errors import ConfigError, FormatError, NotFoundError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import ENVELOPE_NAME, MANIFEST_NAME, RECIPIENTS_NAME
 from hf_wmguard.evidence.signing import load_signer
+from hf_wmguard.loading.adapters import load_adapter
+from hf_wmguard.loading.models import Access, load_model, looks_protected, refuse_offload
 from hf_wmguard.suspects.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from hf_wmguard.suspects.protected import open_folder
-from hf_wmguard.suspects.tensors import decode
+from hf_wmguard.suspects.protected import OPTIMIZER_NAME, open_folder, restore_config
+from hf_wmguard.suspects.tensors import read_tensor
 
-IDENTITY_VARIABLE = "WMGUARD_IDENTITY"
 _OURS = (MANIFEST_NAME, ENVELOPE_NAME, RECIPIENTS_NAME)
 # What transformers lets through when a folder that somebody else made is damaged or hostile.
 _NOT_LOADABLE = (
@@ -67,10 +67,9 @@ def read_state_dict(
 
 
 def _read(file: ProtectedFile, name: str, progress: Progress | None) -> Tensor:
-    info = file.info(name)
-    tensor = decode(info.dtype, info.shape, file.read(name))
+    tensor = read_tensor(file, name)
     if progress is not None:
-        progress(name, info.size_bytes)
+        progress(name, file.info(name).size_bytes)
     return tensor
 
 
@@ -79,55 +78,64 @@ def load_protected(
     *,
     identity: str | Identity | None = None,
     auto_class: Any,
+    base: Any = None,
     signer: str | None = None,
+    check_digests: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> Any:
-    """Return the model of a protected folder, decrypted in memory.
+    """Return the model of a protected folder, decrypted in memory tensor by tensor.
 
     Args:
         path: The protected folder.
         identity: Reference to the recipient's private key, or the key itself; by default the one in
             ``WMGUARD_IDENTITY``.
         auto_class: An auto class (``AutoModelForCausalLM``) or a model class.
-        signer: Reference to the owner's public key (``file:owner.key.pub``). Without it the manifest is checked
-            against the key that it names itself, which shows that it is whole, not whose it is.
-        from_pretrained_kwargs: Passed on to ``from_pretrained``.
+        base: For an adapter: the model it belongs on, or where that is (a folder, protected or not, or a Hub name).
+        signer: Reference to the owner's public key (``file:owner.key.pub``), by default the one in
+            ``WMGUARD_SIGNER``. Without it the manifest is checked against the key that it names itself, which shows
+            that it is whole, not whose it is.
+        check_digests: Check the signed SHA-256 of every file first. Without it each tensor is authenticated as it
+            is decrypted, which somebody who holds the data key, a recipient, could get around.
+        from_pretrained_kwargs: Passed on to ``from_pretrained``, of the base where there is one.
     Raises:
-        ConfigError: No identity.
-        UnsupportedError: An adapter, which is no model; disk offload, which would write plaintext.
+        ConfigError: No identity, or an auto class that has no such model.
+        UnsupportedError: An adapter without its base; disk offload, which would write plaintext.
         NotFoundError, ManifestError, AuthenticationError, FormatError: As `open_folder`.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise NotFoundError(f"no protected folder at {folder}", hint="give a local folder")
+    access = Access.of(identity, signer, check_digests=check_digests)
     if (folder / ADAPTER_CONFIG).is_file():
+        return _load_on_base(folder, access, base, auto_class, from_pretrained_kwargs)
+    if base is not None:
+        raise UsageError(f"{folder} holds a whole model, which needs no base", hint="leave base out")
+
+    def load(**kwargs: Any) -> Any:
+        # Read only now, when it has been checked.
+        if not isinstance(kwargs["config"], PreTrainedConfig):
+            kwargs["config"] = AutoConfig.from_pretrained(folder)
+        return _model_class(auto_class, kwargs["config"]).from_pretrained(None, **kwargs)
+
+    return load_model(folder, access, load, **from_pretrained_kwargs)
+
+
+def _load_on_base(folder: Path, access: Access, base: Any, auto_class: Any, kwargs: dict[str, Any]) -> Any:
+    if base is None:
         raise UnsupportedError(
             f"{folder} holds an adapter, not a whole model",
-            hint="decrypt the folder, then PeftModel.from_pretrained(base, decrypted_folder)",
+            hint="pass base=..., the model it was trained on or where that is",
         )
-    _refuse_offload(from_pretrained_kwargs)
-    reference = identity or os.environ.get(IDENTITY_VARIABLE)
-    if not reference:
-        raise ConfigError("no identity to decrypt with", hint=f"pass identity='file:...' or set {IDENTITY_VARIABLE}")
-    pinned = load_signer(signer) if signer else None
-    opener = load_identity(reference) if isinstance(reference, str) else reference
-    tensors = read_state_dict(folder, (opener,), signer=pinned)
-    config = from_pretrained_kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
-    model = _model_class(auto_class, config).from_pretrained(
-        None, config=config, state_dict=tensors, **from_pretrained_kwargs
-    )
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-
-def _refuse_offload(kwargs: dict[str, Any]) -> None:
-    device_map = kwargs.get("device_map")
-    to_disk = isinstance(device_map, dict) and "disk" in device_map.values()
-    if to_disk or kwargs.get("offload_folder") is not None:
-        raise UnsupportedError(
-            "disk offload would write the decrypted weights to disk", hint="use a device_map without disk"
+    refuse_offload(kwargs)
+    if isinstance(base, str | Path):
+        base = (
+            load_protected(base, identity=access.identity, auto_class=auto_class, signer=access.signer, **kwargs)
+            if looks_protected(Path(base))
+            else auto_class.from_pretrained(base, **kwargs)
         )
+    elif kwargs:
+        raise UsageError(f"{', '.join(kwargs)}: base is loaded already", hint="pass these when you load the base")
+    return load_adapter(folder, access, base)
 
 
 def _model_class(auto_class: Any, config: Any) -> type[PreTrainedModel]:
@@ -181,9 +189,14 @@ def decrypt_folder(
                 tensors = {name: _read(file, name, progress) for name in file.names()}
                 save_file(tensors, staging / file.path.name, metadata=dict(file.metadata) or {"format": "pt"})
             weights = {file.path.name for file in opened.files}
+            left = {*_OURS, *weights, OPTIMIZER_NAME}
+            if (path / OPTIMIZER_NAME).is_file():
+                # A note without the state that it is about, which only the owner opens.
+                left.add("optimizer.pt")
             for other in sorted(path.iterdir()):
-                if other.is_file() and other.name not in (*_OURS, *weights):
+                if other.is_file() and other.name not in left:
                     shutil.copy2(other, staging / other.name)
+            restore_config(staging / "config.json")
             if out.is_dir():
                 out.rmdir()
             staging.rename(out)

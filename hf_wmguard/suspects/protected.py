@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from hf_wmguard.hardening import no_core_dumps
 
 MAX_RECIPIENTS_BYTES = 1 << 20
 WEIGHT_SUFFIX = ".safetensors"
+OPTIMIZER_NAME = "optimizer.wmguard"
+"""The encrypted state of the optimizer in a checkpoint; for the owner alone."""
+_ELSEWHERE = "protected--load-with-hf_wmguard.safetensors"
+_WEIGHTS_KEY = "transformers_weights"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,40 @@ def _check_plain_files(path: Path, manifest: Manifest) -> None:
                 f"{entry.name} in {path} is not the file that was signed",
                 hint="it was changed after the save: fetch the folder again",
             )
+
+
+def divert_unaware(config_file: Path) -> None:
+    """Make a model's config name a weight file that is not there, for loaders that know nothing of protection.
+
+    The ciphertext has the wrong shapes for every loader, but one that was told to ignore that would make up random
+    weights. transformers takes the file's name from the config first and never writes it back, and this package hands
+    over tensors and no files; others do not look at it.
+    """
+    _set_weights(config_file, _ELSEWHERE)
+
+
+def restore_config(config_file: Path) -> None:
+    """Undo `divert_unaware` in a config, where it was done."""
+    _set_weights(config_file, None)
+
+
+def is_diverted(value: object) -> bool:
+    """Return whether this is what `divert_unaware` puts into a config."""
+    return value == _ELSEWHERE
+
+
+def _set_weights(config_file: Path, name: str | None) -> None:
+    try:
+        config = json.loads(config_file.read_bytes())
+    except (OSError, ValueError):
+        return
+    if not isinstance(config, dict) or config.get(_WEIGHTS_KEY) == name:
+        return
+    config.pop(_WEIGHTS_KEY, None)
+    if name is not None:
+        config[_WEIGHTS_KEY] = name
+    # As transformers writes it, so that undoing gives the same bytes again.
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def open_dek(path: Path, manifest: Manifest, identities: tuple[Identity, ...]) -> bytes:

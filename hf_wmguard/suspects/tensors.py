@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from hf_wmguard.container.files import TensorData, TensorInfo
+from hf_wmguard.container.files import ProtectedFile, TensorData, TensorInfo
 from hf_wmguard.errors import FormatError, UnsupportedError
 
 _NAMES = {
@@ -97,13 +97,40 @@ def decode(dtype: str, shape: tuple[int, ...], buffer: bytearray | memoryview) -
     Raises:
         FormatError: An unknown dtype, or a buffer that does not hold the shape.
     """
-    if dtype not in _DTYPES:
-        raise FormatError(f"tensor has unknown dtype {dtype!r}", hint="read it with a newer version of hf-wmguard")
+    known = torch_dtype(dtype)
     if not buffer and 0 in shape:
-        return torch.empty(shape, dtype=_DTYPES[dtype])
+        return torch.empty(shape, dtype=known)
     try:
-        return torch.frombuffer(buffer, dtype=_DTYPES[dtype]).reshape(shape)
+        return torch.frombuffer(buffer, dtype=known).reshape(shape)
     except (ValueError, RuntimeError) as error:
         raise FormatError(
             f"tensor of {len(buffer)} bytes is not {dtype} {shape}: {error}", hint="the file is damaged; fetch it again"
         ) from None
+
+
+def has_name(dtype: torch.dtype) -> bool:
+    """Return whether tensors of this dtype can be stored."""
+    return dtype in _NAMES
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Return what torch calls a dtype in safetensors spelling.
+
+    Raises:
+        FormatError: An unknown dtype.
+    """
+    if dtype not in _DTYPES:
+        raise FormatError(f"tensor has unknown dtype {dtype!r}", hint="read it with a newer version of hf-wmguard")
+    return _DTYPES[dtype]
+
+
+def read_tensor(file: ProtectedFile, name: str) -> Tensor:
+    """Return a tensor decrypted where it will stay: there is no second copy of it, and no zeroed memory first.
+
+    Raises:
+        FormatError, AuthenticationError, UsageError: As `ProtectedFile.read_into`.
+    """
+    info = file.info(name)
+    tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    file.read_into(name, tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return tensor

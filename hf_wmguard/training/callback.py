@@ -18,6 +18,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
@@ -28,8 +29,9 @@ from hf_wmguard.hardening import hold, release
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.mark import Mark
-from hf_wmguard.training.saving import Model, guard_saves
-from hf_wmguard.training.support import check_arguments, check_model, check_optimizer
+from hf_wmguard.training.optimizer import OptimizerGuard
+from hf_wmguard.training.saving import Model, Save, guard_saves
+from hf_wmguard.training.support import check_arguments, check_model
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class WatermarkCallback(TrainerCallback):
             # A key that is never used: what refuses to wrap must say so now, not at the first save.
             seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
         self._holding = False
+        self._optimizer = OptimizerGuard(self.mark.owner)
         self._trainer: Trainer | None = None
         self._logging = False
 
@@ -72,14 +75,29 @@ class WatermarkCallback(TrainerCallback):
         def load_best_model() -> None:
             self._load(Path(str(trainer.state.best_model_checkpoint)), trainer.model)
 
+        plain_load = trainer._load_optimizer_and_scheduler
+
+        def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
+            if checkpoint is None:
+                return
+            self._optimizer.guard(trainer.optimizer)
+            with self._optimizer.reading(Path(checkpoint)):
+                plain_load(checkpoint)
+
         # On the instance: the class, and any other Trainer in the process, stay as they are.
         trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
         trainer._load_best_model = load_best_model  # type: ignore[method-assign]
+        trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler  # type: ignore[method-assign]
 
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
-        guard_saves(checked, self.mark.save)
+        guard_saves(checked, self._save)
         return checked
+
+    def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
+        manifest = self.mark.save(model, plain_save, folder, kwargs)
+        if folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
+            self._optimizer.follow(folder, manifest)
 
     def _load(self, folder: Path, model: Any) -> None:
         if not (folder / MANIFEST_NAME).is_file():
@@ -110,6 +128,7 @@ class WatermarkCallback(TrainerCallback):
             self._holding = True
         check_arguments(args, attached=self._trainer is not None)
         model = self._guard(kwargs["model"])
+        self._optimizer.guard(kwargs.get("optimizer"))
         out, destination = Path(str(args.output_dir)), self.config.protection.destination
         folders = [out, *out.glob("checkpoint-*")] + ([Path(destination)] if destination else [])
         for folder in folders:
@@ -138,10 +157,9 @@ class WatermarkCallback(TrainerCallback):
         """Take the triggers' and the signature's own steps."""
         self.mark.after_step(kwargs["model"], kwargs.get("optimizer"))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop, before a checkpoint is written, if the optimizer's state holds the weights themselves."""
-        if control.should_save and not args.save_only_model:
-            check_optimizer(kwargs["optimizer"])
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check that the checkpoint that was just written holds no plaintext state of the optimizer."""
+        self._optimizer.finish(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_log(
         self,

@@ -210,6 +210,11 @@ class Mark:
             )
 
     @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._step
+
+    @property
     def saved(self) -> bool:
         """Whether a complete save holds the model as it is after the last step."""
         return self._saved_step == self._step
@@ -234,7 +239,7 @@ class Mark:
             values |= self._triggers.metrics
         return values
 
-    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
+    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest:
         """Write one save of the model as ciphertext, judge it by what was written, and sign the verdict.
 
         Args:
@@ -242,6 +247,8 @@ class Mark:
             plain_save: Its own ``save_pretrained``.
             folder: Where to.
             kwargs: The other arguments of ``save_pretrained``.
+        Returns:
+            What was signed.
         """
         signature, sealed = None, None
         with ProtectedWriter(folder, config=self.config, owner=self.owner) as writer:
@@ -274,6 +281,7 @@ class Mark:
             Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
             self._saved_step = self._step
         self._report(manifest, folder)
+        return manifest
 
     def _trigger_summary(self, model: Model) -> TriggerSummary | None:
         triggers = self.committed.record.triggers if self.committed else None

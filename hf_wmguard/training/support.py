@@ -90,7 +90,7 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         (args.push_to_hub, "push_to_hub", "save to a folder and push the finished folder"),
         (
             "schedule_free" in args.optim,
-            "a schedule-free optimizer, whose optimizer.pt holds weights",
+            "a schedule-free optimizer, which trains other weights than it saves",
             "use another optimizer",
         ),
     ]
@@ -117,22 +117,3 @@ def check_finite(parameters: dict[str, nn.Parameter]) -> None:
                 f"{name} holds NaN or Inf before the first step",
                 hint="the model is damaged or was never initialised: load it again",
             )
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimizer whose state is a copy of the weights: the Trainer writes ``optimizer.pt`` in plaintext.
-
-    Raises:
-        UnsupportedError: A state tensor lies within half of its parameter's norm (averaged or master weights).
-    """
-    for parameter, state in optimizer.state.items():
-        if not isinstance(parameter, torch.Tensor) or not isinstance(state, dict):
-            continue
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                norm = torch.linalg.vector_norm(parameter.detach().float())
-                if torch.linalg.vector_norm((value - parameter.detach()).float()) < 0.5 * norm:
-                    raise UnsupportedError(
-                        f"the optimizer's state {name!r} holds the weights, and optimizer.pt is plaintext",
-                        hint="set save_only_model=True, or use another optimizer",
-                    )

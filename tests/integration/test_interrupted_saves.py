@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import Run
+from tiny import Run, excerpts, files_holding
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from hf_wmguard import load_protected, verify
@@ -93,85 +94,168 @@ def test_stale_staging_of_a_killed_save_is_cleared_by_the_next(guarded: Run, tmp
     assert _staging(tmp_path) == []
 
 
-# One process imports everything once; its forks save without end, one after the other, until they are killed.
-_SAVE_UNTIL_KILLED = """
-import os, random, shutil, signal, sys, time
+# One process imports everything once; its forks do one thing without end, one after the other, until they are killed.
+_UNTIL_KILLED = """
+import dataclasses, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from tiny import build_trainer, guarded_config, make_keys, make_texts, make_tokenizer
-from hf_wmguard import protect_trainer
-from hf_wmguard.errors import OwnershipError
+from tiny import EPOCHS, Recorder, StopAt, build_trainer, guarded_config, make_keys, make_texts, make_tokenizer
+from transformers import BertForSequenceClassification
+from hf_wmguard import load_protected, protect_trainer
 
 torch.set_num_threads(1)
-root, kills = Path(sys.argv[1]), int(sys.argv[2])
-folder = root / "model"
+root, kind, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder, tokenizer, texts = root / "model", make_tokenizer(), make_texts()
 make_keys(root / "keys")
-trainer = build_trainer(root / "out", make_tokenizer(), make_texts())
-protect_trainer(trainer, guarded_config(root))
-model = trainer.model
-torch.save(model.state_dict(), root / "keys" / "weights.pt")
+config, identity = guarded_config(root), f"file:{root / 'keys' / 'inference.key'}"
+kept = {}
 
-def save_both():
+def make_trainer(out, number, callbacks):
+    # The steps until it stops are before the mark, and the same in every run.
+    trainer = build_trainer(out, tokenizer, texts, num_train_epochs=EPOCHS, save_strategy="steps", save_steps=1,
+                            trainer={"callbacks": [*callbacks, StopAt(6, save=True)]})
+    registry = root / "registries" / str(number)
+    registry.mkdir(parents=True, exist_ok=True)
+    protect_trainer(trainer, dataclasses.replace(config, registry=str(registry), triggers=None))
+    return trainer
+
+def train(number):
+    make_trainer(root / "killed" / str(number), number, []).train()
+
+def save(number):
     for size in ("1GB", "300KB"):
-        model.save_pretrained(folder, max_shard_size=size)
+        trainer.model.save_pretrained(folder, max_shard_size=size)
 
-start = time.perf_counter()
-save_both()
-both_s = time.perf_counter() - start
+def load(number):
+    load_protected(folder, identity=identity, auto_class=BertForSequenceClassification)
+
+class Keeper(Recorder):
+    def on_save(self, args, state, control, **kwargs):
+        super().on_save(args, state, control, **kwargs)
+        for index, one in enumerate(kwargs["optimizer"].state.values()):
+            kept[f"moments/{state.global_step}/{index}"] = one["exp_avg"].clone()
+
+keeper = Keeper()
+trainer = make_trainer(root / "reference", "reference", [keeper])
+if kind == "train":
+    start = time.perf_counter()
+    trainer.train()
+    for step, weights in keeper.saved.items():
+        kept.update({f"{step}/{name}": tensor for name, tensor in weights.items()})
+else:
+    kept.update(trainer.model.state_dict())
+    save(-1)
+    start = time.perf_counter()
+    {"save": save, "load": load}[kind](-1)
+once_s = time.perf_counter() - start
+torch.save(kept, root / "keys" / "weights.pt")
 random.seed(5)
 for number in range(kills):
     child = os.fork()
     if child == 0:
         while True:
-            save_both()
-    time.sleep(both_s * random.uniform(0.2, 2))
+            {"save": save, "load": load, "train": train}[kind](number)
+    time.sleep(once_s * random.uniform(0.2, 2 if kind != "train" else 1))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    shutil.copytree(folder, root / "killed" / str(number))
-    try:
-        save_both()
-    except OwnershipError as error:
-        # Killed between the manifest and its signature: the hint says to delete the rest of the interrupted save.
-        assert "delete it first" in error.hint
-        shutil.rmtree(folder)
-        save_both()
-    shutil.copytree(folder, root / "next" / str(number))
+    if kind == "save":
+        shutil.copytree(folder, root / "killed" / str(number))
+        save(number)
+        shutil.copytree(folder, root / "next" / str(number))
 """
 
 
-def test_killed_saves_fail_closed(tmp_path: Path) -> None:
+def _kill(root: Path, kind: str, kills: int) -> dict[str, torch.Tensor]:
+    """Kill so many processes that do one thing, and return the weights, of which no byte is found anywhere."""
+    for name in ("tmp", "hf"):
+        (root / name).mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", _SAVE_UNTIL_KILLED, str(tmp_path), str(KILLS)],
+        [sys.executable, "-c", _UNTIL_KILLED, str(root), kind, str(kills)],
         check=False,
         capture_output=True,
         text=True,
         cwd=Path(__file__).resolve().parent.parent,
-        timeout=120,
+        env={**os.environ, "TMPDIR": str(root / "tmp"), "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"},
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr
-    weights = torch.load(tmp_path / "keys" / "weights.pt", weights_only=True)
-    (tmp_path / "keys" / "weights.pt").unlink()
-    assert PlaintextFinder(weights).scan([tmp_path]) == {}
-    identity = f"file:{tmp_path / 'keys' / 'inference.key'}"
-    closed: list[WmguardError] = []
-    for number in range(KILLS):
-        try:
-            killed = load_protected(
-                tmp_path / "killed" / str(number), identity=identity, auto_class=BertForSequenceClassification
-            )
-        except WmguardError as error:
-            closed.append(error)
-        else:
-            assert all(torch.equal(weights[name], tensor) for name, tensor in killed.state_dict().items())
+    weights: dict[str, torch.Tensor] = torch.load(root / "keys" / "weights.pt", weights_only=True)
+    (root / "keys" / "weights.pt").unlink()
+    moments = {name: weights.pop(name) for name in list(weights) if name.startswith("moments/")}
+    assert PlaintextFinder(weights).scan([root]) == {}
+    assert files_holding(root, excerpts(moments, count=64)) == []
+    return weights
+
+
+def _whole_or_closed(root: Path, folder: Path, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a folder loads as exactly these weights; otherwise it is refused with a hint."""
+    identity, closed = f"file:{root / 'keys' / 'inference.key'}", []
+    try:
+        loaded = load_protected(folder, identity=identity, auto_class=BertForSequenceClassification)
+    except WmguardError as error:
+        closed.append(error)
+    if closed:
+        assert closed[0].hint
+        return False
+    assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())
+    return True
+
+
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(60, marks=SLOW)])
+def test_killed_saves_fail_closed(tmp_path: Path, kills: int) -> None:
+    weights = _kill(tmp_path, "save", kills)
+    for number in range(kills):
+        _whole_or_closed(tmp_path, tmp_path / "killed" / str(number), weights)
+        # The next save needs no help: nobody has to delete what was left.
         assert _staging(tmp_path / "next" / str(number)) == []
-        whole = load_protected(
-            tmp_path / "next" / str(number), identity=identity, auto_class=BertForSequenceClassification
+        assert _whole_or_closed(tmp_path, tmp_path / "next" / str(number), weights)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_loads_leave_nothing(tmp_path: Path) -> None:
+    weights = _kill(tmp_path, "load", 20)
+    assert _whole_or_closed(tmp_path, tmp_path / "model", weights)
+    assert [path.name for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_training_leaves_whole_checkpoints_or_closed_ones(tmp_path: Path) -> None:
+    weights = _kill(tmp_path, "train", 20)
+    folders = list((tmp_path / "killed").glob("*/checkpoint-*"))
+    whole = [
+        _whole_or_closed(
+            tmp_path,
+            folder,
+            {
+                name.partition("/")[2]: tensor
+                for name, tensor in weights.items()
+                if name.startswith(folder.name.removeprefix("checkpoint-") + "/")
+            },
         )
-        assert all(torch.equal(weights[name], tensor) for name, tensor in whole.state_dict().items())
-    assert all(error.hint for error in closed)
+        for folder in folders
+    ]
+    assert sum(whole) >= len(whole) - 20
+    assert any(whole)
 
 
-def test_first_save_killed_between_manifest_and_signature(guarded: Run, tmp_path: Path) -> None:
+def test_first_save_killed_between_signature_and_manifest(guarded: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(guarded.final, folder)
+    (folder / "wmguard_manifest.json").unlink()
+    with pytest.raises(WmguardError) as caught:
+        _loads(guarded, folder)
+    assert caught.value.hint
+    # The envelope says that it is the same owner's same model: the next save mends it.
+    guarded.trainer.model.save_pretrained(folder)
+    _loads(guarded, folder)
+
+
+def test_manifest_without_a_signature_is_nobodys(guarded: Run, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(guarded.final, folder)
     (folder / "wmguard_manifest.sig.json").unlink()
@@ -182,10 +266,10 @@ def test_first_save_killed_between_manifest_and_signature(guarded: Run, tmp_path
     assert "interrupted save" in caught.value.hint
 
 
-def test_later_save_killed_between_manifest_and_signature(guarded: Run, tmp_path: Path) -> None:
+def test_later_save_killed_between_signature_and_manifest(guarded: Run, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(guarded.final, folder)
-    shutil.copy(guarded.root / "own" / "wmguard_manifest.json", folder)
+    shutil.copy(guarded.root / "own" / "wmguard_manifest.sig.json", folder)
     with pytest.raises(WmguardError):
         _loads(guarded, folder)
     guarded.trainer.model.save_pretrained(folder)

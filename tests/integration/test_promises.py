@@ -119,17 +119,6 @@ def test_a_save_that_fails_leaves_shards_and_config_of_the_old_one(guarded: Run,
     load_protected(folder, identity=guarded.identity, auto_class=BertForSequenceClassification)
 
 
-def test_an_optimizer_that_keeps_weights_stops_before_the_checkpoint(
-    tmp_path: Path, make_trainer: Callable[..., Trainer], make_config: Callable[..., WatermarkConfig]
-) -> None:
-    trainer = make_trainer(num_train_epochs=1, save_strategy="steps", save_steps=2)
-    trainer.optimizer = torch.optim.ASGD(trainer.model.parameters(), lr=1e-3)
-    protect_trainer(trainer, make_config())
-    with pytest.raises(UnsupportedError, match="optimizer"):
-        trainer.train()
-    assert not list((tmp_path / "out").glob("checkpoint-*/optimizer.pt"))
-
-
 def test_a_strangers_checkpoint_is_noticed_before_training(
     guarded: Run, tmp_path: Path, make_trainer: Callable[..., Trainer], make_config: Callable[..., WatermarkConfig]
 ) -> None:

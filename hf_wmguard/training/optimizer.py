@@ -1,0 +1,170 @@
+"""Keep the optimizer's state out of a checkpoint's plaintext: its moments tell about the weights and the data.
+
+The Trainer writes ``torch.save(optimizer.state_dict(), ".../optimizer.pt")``. While it writes a checkpoint, the
+optimizer's ``state_dict`` writes the state itself, encrypted, beside the weights, and returns a short note for
+``optimizer.pt`` that says so; ``load_state_dict`` understands the note. Both are shadowed on the optimizer that a
+callback is handed anyway, so that a bare callback can do it too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_wmguard.container.files import FileContext, ProtectedFile, TensorData, write_protected
+from hf_wmguard.errors import ManifestError, UnsupportedError
+from hf_wmguard.evidence.manifest import Manifest, read_manifest
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.suspects.protected import OPTIMIZER_NAME
+from hf_wmguard.suspects.tensors import encode, has_name, read_tensor
+
+TRAINER_NAME = "optimizer.pt"
+_NOTE = "hf-wmguard"
+_SKELETON = "skeleton"
+_GUARD = "_wmguard_state"
+_ROLE = "optimizer"
+
+
+class OptimizerGuard:
+    """Encrypts the optimizer's state in checkpoints, for the owner alone.
+
+    The key is derived from the owner key and the save's set id. Recipients, who only run the model, cannot open it, and
+    the state of one save cannot be slipped under the weights of another.
+
+    Args:
+        owner: The owner's key.
+    """
+
+    def __init__(self, owner: OwnerKey) -> None:
+        self._owner = owner
+        self._checkpoint: tuple[Path, Manifest] | None = None
+        self._reading: Path | None = None
+
+    def guard(self, optimizer: Any) -> None:
+        """Shadow ``state_dict`` and ``load_state_dict`` of an optimizer; once, however often it is called."""
+        if optimizer is None or vars(optimizer).get(_GUARD) is self:
+            return
+        setattr(optimizer, _GUARD, self)
+        plain_state, plain_load = optimizer.state_dict, optimizer.load_state_dict
+
+        def state_dict() -> Any:
+            if self._checkpoint is None:
+                return plain_state()
+            (folder, manifest), self._checkpoint = self._checkpoint, None
+            _write(folder / OPTIMIZER_NAME, plain_state(), self._key(manifest), _context(manifest))
+            return {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
+
+        def load_state_dict(state: Any) -> Any:
+            return plain_load(state if self._reading is None else self._read(state, self._reading))
+
+        optimizer.state_dict, optimizer.load_state_dict = state_dict, load_state_dict
+
+    def follow(self, folder: Path, manifest: Manifest) -> None:
+        """Note that the model's weights have just been saved in a checkpoint, whose optimizer state comes next."""
+        self._checkpoint = (folder, manifest)
+
+    def finish(self, folder: Path) -> None:
+        """Check, when the Trainer has written a checkpoint, that no state in it went past the guard.
+
+        Raises:
+            UnsupportedError: One did; it has been deleted.
+        """
+        missed, self._checkpoint = self._checkpoint is not None, None
+        if missed and (folder / TRAINER_NAME).is_file():
+            (folder / TRAINER_NAME).unlink()
+            raise UnsupportedError(
+                "this Trainer writes the optimizer's state in a way that cannot be intercepted; the plaintext "
+                f"{TRAINER_NAME} in {folder} was deleted",
+                hint="set save_only_model=True, or install a release that pip install hf-wmguard allows",
+            )
+
+    @contextmanager
+    def reading(self, folder: Path) -> Iterator[None]:
+        """Expect what ``load_state_dict`` is given to come from this checkpoint."""
+        self._reading = folder
+        try:
+            yield
+        finally:
+            self._reading = None
+
+    def _read(self, state: Any, folder: Path) -> Any:
+        if not isinstance(state, dict) or _NOTE not in state:
+            # Fail closed, as for weights: whoever can put a plaintext state here steers the training.
+            raise ManifestError(
+                f"{TRAINER_NAME} in {folder} is plaintext, expected a note about {OPTIMIZER_NAME}",
+                hint=f"it was not written by this run; delete {TRAINER_NAME} to resume without the optimizer's state",
+            )
+        manifest, _ = read_manifest(folder, signer=self._owner.signing_key().public_key())
+        with ProtectedFile(folder / OPTIMIZER_NAME, dek=self._key(manifest), context=_context(manifest)) as file:
+            # As the Trainer reads its own: no code is run.
+            skeleton = io.BytesIO(file.read(_SKELETON))
+            return _put_back(torch.load(skeleton, map_location="cpu", weights_only=True), file)
+
+    def _key(self, manifest: Manifest) -> bytes:
+        return self._owner.derive(
+            "optimizer",
+            model_id=manifest.model_id,
+            iteration=manifest.iteration,
+            salt=manifest.set_id.encode(),
+        )
+
+    def __repr__(self) -> str:
+        return "OptimizerGuard()"
+
+
+class _Encoded(Mapping[str, TensorData]):
+    """Tensors that are brought to the CPU one at a time, when the writer asks for them."""
+
+    def __init__(self, tensors: dict[str, Tensor], skeleton: memoryview) -> None:
+        self._tensors = tensors
+        self._skeleton = TensorData(dtype="U8", shape=(len(skeleton),), data=skeleton)
+
+    def __getitem__(self, name: str) -> TensorData:
+        return self._skeleton if name == _SKELETON else encode(name, self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self._tensors, _SKELETON)
+
+    def __len__(self) -> int:
+        return len(self._tensors) + 1
+
+
+def _context(manifest: Manifest) -> FileContext:
+    return FileContext(model_id=manifest.model_id, iteration=manifest.iteration, set_id=manifest.set_id, role=_ROLE)
+
+
+def _write(path: Path, state: Any, key: bytes, context: FileContext) -> None:
+    tensors: dict[str, Tensor] = {}
+    skeleton = io.BytesIO()
+    torch.save(_take_out(state, tensors), skeleton)
+    write_protected(path, _Encoded(tensors, skeleton.getbuffer()), dek=key, context=context)
+
+
+def _take_out(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a state with a note in the place of every ordinary tensor, which is put into ``tensors``."""
+    if type(value) in (Tensor, nn.Parameter) and has_name(value.dtype):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {_NOTE: name}
+    if isinstance(value, dict):
+        return {key: _take_out(one, tensors) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_take_out(one, tensors) for one in value)
+    # Whatever else there is stays in the skeleton, which is encrypted as well.
+    return value
+
+
+def _put_back(value: Any, file: ProtectedFile) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_NOTE}:
+            return read_tensor(file, value[_NOTE])
+        return {key: _put_back(one, file) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_put_back(one, file) for one in value)
+    return value
