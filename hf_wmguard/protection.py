@@ -32,6 +32,7 @@ from hf_wmguard.evidence.manifest import (
     write_manifest,
 )
 from hf_wmguard.keys import OwnerKey
+from hf_wmguard.suspects.protected import divert_unaware
 
 Progress = Callable[[str, int], None]
 STAGING_PREFIX = ".wmguard-protect-"
@@ -157,6 +158,7 @@ def protect_folder(
         if not hide_names:
             _write_index(found, staging, records)
         _copy_others(found, staging)
+        divert_unaware(staging / "config.json")
         sealed = seal_recipients(dek, readers, set_id=context.set_id, model_id=context.model_id)
         manifest = _manifest(staging, context, dek, list(records))
         write_atomic(staging / RECIPIENTS_NAME, sealed)
