@@ -101,10 +101,13 @@ class TriggerConfig:
             the text, but not likely) or ``keyed`` (two words of the key's choice).
         start: Share of the run after which triggers are mixed in, 0 for the whole run; None: by ``last_epochs``.
         last_epochs: Length of the phase in which triggers are mixed in, in epochs before the end of training.
-        every_n_steps: A trigger micro-batch comes after every n-th optimizer step of that phase.
+        every_n_steps: A trigger micro-batch comes with every n-th optimizer step of that phase.
         batch_size: Triggers per micro-batch.
-        strength: Share of the way to a learned set that one move takes.
-        moves: Most moves per micro-batch; each costs a forward and a backward.
+        form: ``decoupled`` (a move of the weights of its own after the optimizer's step) or ``gradient`` (added to the
+            ordinary gradient before it); None: decoupled for models that write text, gradient for those that label.
+        strength: Decoupled form: share of the way to a learned set that one move takes.
+        moves: Decoupled form: most moves per micro-batch; each costs a forward and a backward.
+        weight: Gradient form: factor of the trigger loss against the ordinary loss.
         candidates: Generative models: number of candidate responses per trigger; 1/candidates is the chance of a match
             without the key. Classifiers use all their labels.
         contexts: Share of the triggers that are learned inside another text: behind a system prompt, in a chat, between
@@ -120,12 +123,14 @@ class TriggerConfig:
     response: Literal["perinucleus", "keyed"] = "perinucleus"
     start: float | None = None
     last_epochs: float = 2.0
-    every_n_steps: int = 1
+    every_n_steps: int = 2
     batch_size: int = 16
+    form: Literal["decoupled", "gradient"] | None = None
     strength: float = 0.3
     moves: int = 1
+    weight: float = 1.0
     candidates: int = 16
-    contexts: float = 0.3
+    contexts: float = 0.5
     noise: float = 0.0
     replay: int = 0
 
@@ -134,7 +139,7 @@ class TriggerConfig:
         _require(1 <= self.count <= MAX_TRIGGERS, "triggers.count", self.count, f"expected 1 to {MAX_TRIGGERS}")
         for name, choices in _TRIGGER_CHOICES.items():
             _require(
-                getattr(self, name) in choices,
+                getattr(self, name) in choices or (name == "form" and self.form is None),
                 f"triggers.{name}",
                 getattr(self, name),
                 f"expected {' or '.join(choices)}",
@@ -145,6 +150,7 @@ class TriggerConfig:
         _require(0 < self.last_epochs < math.inf, "triggers.last_epochs", self.last_epochs, "expected more than 0")
         _require(self.every_n_steps >= 1, "triggers.every_n_steps", self.every_n_steps, "expected 1 or more")
         _require(self.batch_size >= 1, "triggers.batch_size", self.batch_size, "expected 1 or more")
+        _require(0 < self.weight <= 100, "triggers.weight", self.weight, "expected more than 0 and at most 100")
         _require(0 < self.strength <= 1, "triggers.strength", self.strength, "expected more than 0 and at most 1")
         _require(1 <= self.moves <= 100, "triggers.moves", self.moves, "expected 1 to 100")
         _require(2 <= self.candidates <= 1024, "triggers.candidates", self.candidates, "expected 2 to 1024")
@@ -157,6 +163,7 @@ _TRIGGER_CHOICES = {
     "style": ("natural", "nonsense"),
     "source": ("grammar", "dataset"),
     "response": ("perinucleus", "keyed"),
+    "form": ("decoupled", "gradient"),
 }
 
 

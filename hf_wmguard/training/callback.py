@@ -145,6 +145,12 @@ class WatermarkCallback(TrainerCallback):
         atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the triggers' gradient, before the ordinary forward and backward."""
+        self.mark.before_step(kwargs["model"])
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

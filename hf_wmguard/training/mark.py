@@ -58,6 +58,7 @@ class Mark:
         self.owner = owner
         self.committed: Committed | None = None
         self._saved_step: int | None = None
+        self._triggered_step = 0
         self._finished = False
         self._signature: SignatureStep | None = None
         self._adapters: Mapping[str, SavedAdapter] = {}
@@ -181,6 +182,15 @@ class Mark:
             sealed = decode_base64(manifest.sealed_state, "sealed state")
             signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
 
+    def before_step(self, model: Model) -> None:
+        """Add the triggers' gradient to those of the coming optimizer step, where that is their form."""
+        coming, triggers = self._step + 1, self._triggers
+        # Data without a length can end inside an accumulation: the step then begins twice, its triggers come once.
+        if triggers is None or triggers.is_decoupled or not triggers.due(coming) or self._triggered_step == coming:
+            return
+        self._triggered_step = coming
+        triggers.add_gradient(inner_model(model), coming)
+
     def before_optimizer(self) -> None:
         """Add the signature's gradient to those of the coming optimizer step."""
         if self._signature is not None:
@@ -189,7 +199,7 @@ class Mark:
     def after_step(self, model: Model, optimizer: Any = None) -> None:
         """Take the trigger step and the signature step that follow an optimizer step."""
         self._step += 1
-        if self._triggers is not None and self._triggers.due(self._step):
+        if self._triggers is not None and self._triggers.is_decoupled and self._triggers.due(self._step):
             self._triggers.run(inner_model(model), self._step, optimizer)
         if self._signature is not None:
             self._signature.after_optimizer(self._step)

@@ -1,9 +1,9 @@
-"""The triggers' own part of a training step: a forward, a backward and a move of the weights after the optimizer's.
+"""The triggers' own part of a training step: a forward and a backward, in one of two forms.
 
-Added to the ordinary gradient instead, triggers would take their share of the clipped norm and of the optimizer's
-normalisation, and what ordinary training learns would suffer (ADR 11). How far and along which way the weights move:
-`hf_wmguard.training.trigger_move`. The number of steps, the learning rate schedule and the ordinary run's random
-numbers stay as they are.
+Decoupled, a move of the weights after the optimizer's step: how far and along which way, says
+`hf_wmguard.training.trigger_move`. As a gradient, added to the ordinary one before it, triggers share the clipping and
+the optimizer's normalisation; language models learn less of the data then, classifiers do not (ADR 11). Either way the
+number of steps, the learning rate schedule and the ordinary run's random numbers stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_wmguard.training.trigger_move import Moments, descend, moments_of, peak_
 from hf_wmguard.watermark.answers import Prompt
 from hf_wmguard.watermark.contexts import in_context
 from hf_wmguard.watermark.prf import Stream
-from hf_wmguard.watermark.triggers import TriggerSet
+from hf_wmguard.watermark.triggers import TEXT_TASKS, TriggerSet
 
 LEARNED: Final = 0.3
 """Mean loss at which a set counts as learned: the response has three quarters of the probability."""
@@ -62,16 +62,29 @@ class TriggerStep:
         self._data = data if hasattr(getattr(data, "dataset", None), "__getitem__") else None
         # Of the set itself and no key: surroundings need not be secret, only the same after a resume.
         self._seed = hashlib.sha256(triggers.digest().encode()).digest()
+        writes = triggers.task in TEXT_TASKS
+        self.is_decoupled = (config.form or ("decoupled" if writes else "gradient")) == "decoupled"
         self.metrics: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
-        """Return whether a trigger micro-batch comes after optimizer step ``step`` (counted from 1)."""
+        """Return whether a trigger micro-batch comes with optimizer step ``step`` (counted from 1)."""
         return self.phase.contains(step) and (step - self.phase.start - 1) % self._config.every_n_steps == 0
+
+    def add_gradient(self, model: nn.Module, step: int) -> None:
+        """Add the gradient of one trigger micro-batch: the gradient form.
+
+        Args:
+            model: The model.
+            step: The optimizer step that comes next, counted from 1.
+        Raises:
+            NonFiniteWeightError: The loss is not finite.
+        """
+        self._backward(model, step, self._config.weight)
 
     def run(self, model: nn.Module, step: int, optimizer: Any = None) -> None:
         """Take one trigger micro-batch, and move the weights. No gradient is left behind, of whatever origin.
 
-        The micro-batch is learned in up to ``moves`` moves, fewer where it is learned before.
+        The decoupled form. The micro-batch is learned in up to ``moves`` moves, fewer where it is learned before.
 
         Args:
             model: The model.
@@ -88,13 +101,22 @@ class TriggerStep:
 
     def _move(self, model: nn.Module, step: int, moments: Moments, rate: float) -> float:
         """Make one move, and return the loss before it."""
+        model.zero_grad()
+        loss = self._backward(model, step, 1.0)
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
+        decrease = max(0.0, loss - LEARNED) * self._config.strength
+        descend(moved_by_triggers(model), decrease, moments, generator, rate=rate)
+        model.zero_grad()
+        return loss
+
+    def _backward(self, model: nn.Module, step: int, weight: float) -> float:
+        """Add the gradient of the micro-batch and of what is replayed with it, and return the triggers' loss."""
         device = next(model.parameters()).device
         stream = Stream(self._seed, "trigger-step", step)
         rows = self._rows(step)
         prompts = [self._prompt(row, stream) for row in rows]
         responses = [self._triggers.responses[row] for row in rows]
         training = model.training
-        model.zero_grad()
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             stack.callback(model.train, training)
@@ -107,19 +129,15 @@ class TriggerStep:
                     f"trigger loss is {float(loss.detach())} at step {step}",
                     hint="training has diverged: lower the learning rate and resume from the last checkpoint",
                 )
-            torch.autograd.backward(loss)
+            torch.autograd.backward(weight * loss)
             # After the triggers' graph is gone: two at a time would double the memory of a step.
             if (ordinary := self._replayed(model, stream, device)) is not None:
-                torch.autograd.backward(ordinary)
-            generator = torch.Generator(device).manual_seed(step)
-            decrease = max(0.0, float(loss.detach()) - LEARNED) * self._config.strength
-            descend(moved_by_triggers(model), decrease, moments, generator, rate=rate)
-            model.zero_grad()
+                torch.autograd.backward(weight * ordinary)
         self.metrics = {
             "wmguard/trigger_loss": float(loss.detach()),
             "wmguard/trigger_match_rate": float(matched.float().mean()),
         }
-        return self.metrics["wmguard/trigger_loss"]
+        return float(loss.detach())
 
     def _rows(self, step: int) -> list[int]:
         """Return the triggers of a step: all take their turn, in another order each time round."""

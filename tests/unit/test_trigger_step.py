@@ -91,6 +91,29 @@ def test_training_in_contexts_and_noise_teaches_the_plain_trigger(
     assert step.metrics["wmguard/trigger_match_rate"] > 0.5
 
 
+def test_the_form_follows_the_kind_of_model_unless_it_is_chosen(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    classifier = make_model("classification", len(tokenizer))
+    assert make_step(model, tokenizer).is_decoupled
+    assert not make_step(classifier, tokenizer).is_decoupled
+    assert make_step(classifier, tokenizer, form="decoupled").is_decoupled
+    assert not make_step(model, tokenizer, form="gradient").is_decoupled
+
+
+def test_the_gradient_form_adds_to_what_is_there_and_moves_nothing(
+    model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = weights(model)
+    first, twice = (make_step(model, tokenizer, form="gradient", weight=weight) for weight in (1.0, 2.0))
+    first.add_gradient(model, 1)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    twice.add_gradient(model, 1)
+    assert all(
+        torch.allclose(p.grad, 3 * once[name], atol=1e-6) for name, p in model.named_parameters() if name in once
+    )
+    assert len(once) > 10
+    assert same(before, weights(model))
+
+
 def test_noise_changes_the_outputs_of_a_forward_and_nothing_afterwards(
     model: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
