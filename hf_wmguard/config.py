@@ -104,7 +104,7 @@ class TriggerConfig:
         every_n_steps: A trigger micro-batch comes with every n-th optimizer step of that phase.
         batch_size: Triggers per micro-batch.
         form: ``decoupled`` (a move of the weights of its own after the optimizer's step) or ``gradient`` (added to the
-            ordinary gradient before it); None: decoupled for models that write text, gradient for those that label.
+            ordinary gradient before it); ``auto``: decoupled for models that write text, gradient for those that label.
         strength: Decoupled form: share of the way to a learned set that one move takes.
         moves: Decoupled form: most moves per micro-batch; each costs a forward and a backward.
         weight: Gradient form: factor of the trigger loss against the ordinary loss.
@@ -125,7 +125,7 @@ class TriggerConfig:
     last_epochs: float = 2.0
     every_n_steps: int = 2
     batch_size: int = 16
-    form: Literal["decoupled", "gradient"] | None = None
+    form: Literal["auto", "decoupled", "gradient"] = "auto"
     strength: float = 0.3
     moves: int = 1
     weight: float = 1.0
@@ -139,7 +139,7 @@ class TriggerConfig:
         _require(1 <= self.count <= MAX_TRIGGERS, "triggers.count", self.count, f"expected 1 to {MAX_TRIGGERS}")
         for name, choices in _TRIGGER_CHOICES.items():
             _require(
-                getattr(self, name) in choices or (name == "form" and self.form is None),
+                getattr(self, name) in choices,
                 f"triggers.{name}",
                 getattr(self, name),
                 f"expected {' or '.join(choices)}",
@@ -163,7 +163,7 @@ _TRIGGER_CHOICES = {
     "style": ("natural", "nonsense"),
     "source": ("grammar", "dataset"),
     "response": ("perinucleus", "keyed"),
-    "form": ("decoupled", "gradient"),
+    "form": ("auto", "decoupled", "gradient"),
 }
 
 

@@ -63,7 +63,7 @@ class TriggerStep:
         # Of the set itself and no key: surroundings need not be secret, only the same after a resume.
         self._seed = hashlib.sha256(triggers.digest().encode()).digest()
         writes = triggers.task in TEXT_TASKS
-        self.is_decoupled = (config.form or ("decoupled" if writes else "gradient")) == "decoupled"
+        self.is_decoupled = config.form == "decoupled" or (config.form == "auto" and writes)
         self.metrics: dict[str, float] = {}
 
     def due(self, step: int) -> bool:

@@ -186,7 +186,7 @@ def test_a_whole_number_will_do_for_a_real_one() -> None:
         (TriggerConfig, "batch_size", (1,), (0,)),
         (TriggerConfig, "strength", (0.01, 1.0), (0.0, 1.1, math.nan)),
         (TriggerConfig, "weight", (0.01, 100.0), (0.0, 101.0, math.nan)),
-        (TriggerConfig, "form", (None, "decoupled", "gradient"), ("both", "")),
+        (TriggerConfig, "form", ("auto", "decoupled", "gradient"), ("both", "")),
         (TriggerConfig, "candidates", (2, 1024), (1, 1025)),
     ],
 )
