@@ -26,7 +26,7 @@ def test_a_trigger_step_moves_weights_and_touches_nothing_else(
 ) -> None:
     model = copy.deepcopy(guarded.trainer.model).eval()
     weights = copy.deepcopy(model.state_dict())
-    config = TriggerConfig(count=8, batch_size=8)
+    config = TriggerConfig(count=8, batch_size=8, every_n_steps=1, form="decoupled")
     step = TriggerStep(make_triggers(b"k" * 32, config, model, tokenizer), config, Phase(start=0, end=1), tokenizer)
     before = torch.get_rng_state()
     step.run(model, 1)
