@@ -123,12 +123,12 @@ class TriggerConfig:
     response: Literal["perinucleus", "keyed"] = "perinucleus"
     start: float | None = None
     last_epochs: float = 2.0
-    every_n_steps: int = 2
+    every_n_steps: int = 1
     batch_size: int = 16
     form: Literal["auto", "decoupled", "gradient"] = "auto"
     strength: float = 0.3
     moves: int = 1
-    weight: float = 1.0
+    weight: float = 0.5
     candidates: int = 16
     contexts: float = 0.5
     noise: float = 0.0

@@ -93,7 +93,14 @@ def make_config(tmp_path: Path, owner_file: Path, identity_file: Path) -> Callab
             "registry": str(tmp_path / "registry"),
             "signature": SignatureConfig(budget=0.06),
             "triggers": TriggerConfig(
-                count=16, batch_size=16, every_n_steps=1, last_epochs=12, strength=1.0, moves=4, contexts=0.0
+                count=16,
+                batch_size=16,
+                every_n_steps=1,
+                last_epochs=12,
+                strength=1.0,
+                weight=1.0,
+                moves=4,
+                contexts=0.0,
             ),
             "protection": ProtectionConfig(recipients=(f"file:{identity_file}.pub",)),
         }

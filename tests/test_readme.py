@@ -44,7 +44,9 @@ def test_readme_from_keys_to_verdict(
     run_commands(keys, monkeypatch)
     # Only the size is changed: a model of a few hundred thousand weights needs a larger budget, and firmer triggers
     # where its learning rate is ten times a usual one.
-    triggers = "TriggerConfig(count=16, every_n_steps=1, last_epochs=12, strength=1.0, moves=4, contexts=0.0)"
+    triggers = (
+        "TriggerConfig(count=16, every_n_steps=1, last_epochs=12, strength=1.0, weight=1.0, moves=4, contexts=0.0)"
+    )
     small = f"signature=SignatureConfig(budget=0.06), triggers={triggers},"
     trainer = build_trainer(tmp_path / "out", tokenizer, texts, "classification", num_train_epochs=14)
     names: dict[str, Any] = {"trainer": trainer, "SignatureConfig": SignatureConfig, "TriggerConfig": TriggerConfig}

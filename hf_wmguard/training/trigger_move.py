@@ -7,8 +7,8 @@ at hardly moves, one that the data leaves alone moves instead. Adam also keeps t
 go against it is taken out, so that the ordinary loss does not rise, to first order.
 
 The length is Polyak's: as far as brings the loss a share of the way to where the triggers are learned, and no further.
-A learned set moves nothing. No move is longer than the optimizer's own steps at the peak of its schedule: what is moved
-that little heals within a few of them.
+A learned set moves nothing. No move is longer than two of the optimizer's own steps at the peak of its schedule: what
+is moved that little heals within a few of them.
 
 Source: Amari 1998, "Natural gradient works efficiently in learning"; Kirkpatrick et al. 2017, "Overcoming catastrophic
     forgetting", sec. 2 (diagonal Fisher); Chaudhry et al. 2019, "Efficient lifelong learning with A-GEM", sec. 4;
@@ -29,6 +29,8 @@ from hf_wmguard.watermark.rounding import add_rounded_
 
 LARGEST_MOVE: Final = 0.01
 """Largest move in one step, as a share of the norm of what is moved, whatever the learning rate."""
+STEPS_LONG: Final = 2.0
+"""Largest move, in steps of the optimizer."""
 DAMPING: Final = 0.01
 """Added to the metric, as a share of its mean: what the data has not touched yet does not move without bound."""
 
@@ -71,7 +73,7 @@ def descend(
         moved: Parameters with a gradient.
         decrease: At least 0. The move is at most `LARGEST_MOVE` of the parameters' norm.
         moments: See `moments_of`. The metric is flat unless it knows all of them.
-        rate: Largest root mean square of the move.
+        rate: Root mean square of a step of the optimizer; the move is at most `STEPS_LONG` of those.
         generator: For the rounding of 16-bit weights.
     """
     if decrease <= 0:
@@ -81,7 +83,7 @@ def descend(
     if slope <= 0:
         return
     norm = math.sqrt(sum(float(p.float().pow(2).sum()) for p in moved))
-    largest = min(LARGEST_MOVE * norm, rate * math.sqrt(sum(p.numel() for p in moved)))
+    largest = min(LARGEST_MOVE * norm, STEPS_LONG * rate * math.sqrt(sum(p.numel() for p in moved)))
     factor = min(decrease / slope, largest / length)
     for parameter in moved:
         add_rounded_(parameter, -factor * metric.direction(parameter), generator)
