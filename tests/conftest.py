@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what takes many minutes, unless it is asked for; the summary says so."""
+    for item in items:
+        if item.get_closest_marker("slow") and not os.environ.get("WMGUARD_SLOW"):
+            item.add_marker(pytest.mark.skip(reason="takes many minutes: set WMGUARD_SLOW=1"))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

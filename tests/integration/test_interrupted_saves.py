@@ -96,14 +96,17 @@ def test_stale_staging_of_a_killed_save_is_cleared_by_the_next(guarded: Run, tmp
 
 # One process imports everything once; its forks do one thing without end, one after the other, until they are killed.
 _UNTIL_KILLED = """
-import dataclasses, os, random, shutil, signal, sys, time
+import dataclasses, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
-import torch
+import torch, tqdm
 from tiny import EPOCHS, Recorder, StopAt, build_trainer, guarded_config, make_keys, make_texts, make_tokenizer
 from transformers import BertForSequenceClassification
 from hf_wmguard import load_protected, protect_trainer
 
 torch.set_num_threads(1)
+# tqdm's own lock is shared by forks: one that is killed while it holds it would stop all the others for good.
+tqdm.tqdm.set_lock(threading.RLock())
+tqdm.tqdm.monitor_interval = 0
 root, kind, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 folder, tokenizer, texts = root / "model", make_tokenizer(), make_texts()
 make_keys(root / "keys")
