@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,7 @@ def printable(high: int) -> st.SearchStrategy[str]:
 
 
 names = printable(40).filter(lambda name: not set(name) & set("/\\:") and name not in (".", ".."))
-times = (
-    st.datetimes()
-    .map(lambda moment: moment.replace(year=max(moment.year, 1000)))
-    .map(lambda moment: moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
-)
+times = st.datetimes(min_value=datetime.datetime(1000, 1, 1)).map(lambda moment: moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
 
 
 @st.composite
