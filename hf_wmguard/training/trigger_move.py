@@ -45,7 +45,8 @@ def moments_of(optimizer: Any) -> Moments:
     return {
         id(parameter): (kept["exp_avg"], kept["exp_avg_sq"])
         for parameter, kept in state.items()
-        if "exp_avg_sq" in kept and kept["exp_avg_sq"].shape == kept.get("exp_avg", kept["exp_avg_sq"]).shape
+        # Adafactor keeps the second one alone, and of matrices only its rows' and columns' means.
+        if "exp_avg" in kept and "exp_avg_sq" in kept and kept["exp_avg"].shape == kept["exp_avg_sq"].shape
     }
 
 

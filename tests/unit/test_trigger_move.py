@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Adafactor
 
 from hf_wmguard.training.trigger_move import LARGEST_MOVE, STEPS_LONG, descend, moments_of, peak_rate
 
@@ -96,6 +97,13 @@ def test_moments_are_those_of_the_adam_kind_through_any_wrapper() -> None:
         assert moments_of(other) == {}
     factored = trained(torch.optim.Adafactor)
     assert moments_of(factored[1]) == {}
+    # transformers' own: of vectors it keeps the mean square whole, and no mean.
+    vector = nn.Parameter(torch.ones(4))
+    second_only = Adafactor([vector], lr=1e-3, relative_step=False, scale_parameter=False)
+    vector.sum().backward()
+    second_only.step()
+    assert "exp_avg_sq" in second_only.state[vector]
+    assert moments_of(second_only) == {}
 
 
 def test_16_bit_weights_move_by_less_than_their_last_place() -> None:
