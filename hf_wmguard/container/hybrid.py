@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from typing import NoReturn
 
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import (
@@ -24,10 +23,10 @@ from cryptography.hazmat.primitives.hpke import (
     Suite,
 )
 
-from hf_wmguard.canonical import decode_base64, encode_base64
+from hf_wmguard.canonical import encode_base64
 from hf_wmguard.container.lines import format_line, identity_prefix, parse_line, recipient_prefix
-from hf_wmguard.container.stanzas import Stanza, WrapContext
-from hf_wmguard.errors import AuthenticationError, KeyFormatError
+from hf_wmguard.container.stanzas import Stanza, WrapContext, open_sealed
+from hf_wmguard.errors import KeyFormatError
 
 HYBRID_KIND = "mlkem768-x25519"
 _SEED_BYTES = 64
@@ -141,16 +140,7 @@ class HybridIdentity:
 
     def unwrap(self, stanza: Stanza, context: WrapContext) -> bytes | None:
         """Return the DEK, or None where the stanza is for somebody else; errors as `Identity.unwrap`."""
-        if stanza["kind"] != HYBRID_KIND or stanza["recipient"] != self.__recipient.key_id:
-            return None
-        ciphertext = decode_base64(stanza["ciphertext"], "stanza")
-        try:
-            return _SUITE.decrypt(ciphertext, self.__key, info=context.info(HYBRID_KIND))
-        except InvalidTag:
-            raise AuthenticationError(
-                "the wrapped key for this identity was changed, or comes from another save",
-                hint="fetch the recipients file again from a source you trust",
-            ) from None
+        return open_sealed(_SUITE, self.__key, stanza, context, kind=HYBRID_KIND, key_id=self.__recipient.key_id)
 
     def __repr__(self) -> str:
         return "HybridIdentity(<secret>)"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from hf_wmguard.canonical import canonical_json
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.hpke import Suite
+
+from hf_wmguard.canonical import canonical_json, decode_base64
 from hf_wmguard.container.checks import check_text
+from hf_wmguard.errors import AuthenticationError
 
 STANZA_VERSION = 1
 
@@ -53,3 +57,31 @@ class Identity(Protocol):
         Raises:
             AuthenticationError: The stanza is for this identity, and was changed or moved from another save.
         """
+
+
+def open_sealed(
+    suite: Suite, key: Any, stanza: Stanza, context: WrapContext, *, kind: str, key_id: str
+) -> bytes | None:
+    """Return the DEK of a stanza that HPKE sealed for one key pair, or None where it is for somebody else.
+
+    Args:
+        suite: The HPKE suite of this kind of stanza.
+        key: The private key, as the suite takes it.
+        stanza: The stanza.
+        context: The save it must belong to.
+        kind: The only kind of stanza that this key opens.
+        key_id: The public name of the key.
+    Raises:
+        AuthenticationError: It is for this key, and was changed or moved from another save.
+        FormatError: Its ciphertext is not base64.
+    Source: RFC 9180, sec. 6.1.
+    """
+    if stanza["kind"] != kind or stanza["recipient"] != key_id:
+        return None
+    try:
+        return suite.decrypt(decode_base64(stanza["ciphertext"], "stanza"), key, info=context.info(kind))
+    except InvalidTag:
+        raise AuthenticationError(
+            "the wrapped key for this identity was changed, or comes from another save",
+            hint="fetch the recipients file again from a source you trust",
+        ) from None

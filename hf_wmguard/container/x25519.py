@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 from typing import NoReturn
 
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
-from hf_wmguard.canonical import decode_base64, encode_base64
+from hf_wmguard.canonical import encode_base64
 from hf_wmguard.container.lines import KEYGEN, format_line, identity_prefix, parse_line, recipient_prefix
-from hf_wmguard.container.stanzas import Stanza, WrapContext
-from hf_wmguard.errors import AuthenticationError, KeyFormatError
+from hf_wmguard.container.stanzas import Stanza, WrapContext, open_sealed
+from hf_wmguard.errors import KeyFormatError
 from hf_wmguard.keys import OwnerKey
 
 X25519_KIND = "x25519"
@@ -116,16 +115,7 @@ class X25519Identity:
 
     def unwrap(self, stanza: Stanza, context: WrapContext) -> bytes | None:
         """Return the DEK, or None where the stanza is for somebody else; errors as `Identity.unwrap`."""
-        if stanza["kind"] != X25519_KIND or stanza["recipient"] != self.recipient().key_id:
-            return None
-        ciphertext = decode_base64(stanza["ciphertext"], "stanza")
-        try:
-            return _SUITE.decrypt(ciphertext, self.__key, info=context.info(X25519_KIND))
-        except InvalidTag:
-            raise AuthenticationError(
-                "the wrapped key for this identity was changed, or comes from another save",
-                hint="fetch the recipients file again from a source you trust",
-            ) from None
+        return open_sealed(_SUITE, self.__key, stanza, context, kind=X25519_KIND, key_id=self.recipient().key_id)
 
     def __repr__(self) -> str:
         return "X25519Identity(<secret>)"

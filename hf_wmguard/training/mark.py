@@ -311,7 +311,7 @@ class Mark:
             if log10_p > 0.5 * log10_binomial_tail(triggers.count, triggers.count, 1 / triggers.candidates):
                 _logger.warning(
                     "%s: only %d of %d triggers match: they were not learned, or older weights were loaded back; "
-                    "raise triggers.last_epochs or triggers.strength",
+                    "raise triggers.last_epochs, triggers.strength (decoupled form) or triggers.weight (gradient form)",
                     folder,
                     matches,
                     triggers.count,

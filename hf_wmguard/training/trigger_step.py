@@ -2,8 +2,8 @@
 
 Decoupled, a move of the weights after the optimizer's step: how far and along which way, says
 `hf_wmguard.training.trigger_move`. As a gradient, added to the ordinary one before it, triggers share the clipping and
-the optimizer's normalisation; language models learn less of the data then, classifiers do not (ADR 11). Either way the
-number of steps, the learning rate schedule and the ordinary run's random numbers stay as they are.
+the optimizer's normalisation; language models learn far less of the data then, classifiers a little (ADR 11). Either
+way the number of steps, the learning rate schedule and the ordinary run's random numbers stay as they are.
 """
 
 from __future__ import annotations
