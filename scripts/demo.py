@@ -189,7 +189,15 @@ def run(out: Path, epochs: int, seed: int, console: Any) -> dict[str, Any]:
     from rich.progress import track
     from transformers import AutoModelForSequenceClassification
 
-    from hf_wmguard import ProtectionConfig, WatermarkConfig, load_protected, probe, protect_trainer, verify
+    from hf_wmguard import (
+        ProtectionConfig,
+        TriggerConfig,
+        WatermarkConfig,
+        load_protected,
+        probe,
+        protect_trainer,
+        verify,
+    )
     from hf_wmguard.container.recipients import generate_identity
     from hf_wmguard.evidence.manifest import read_manifest
     from hf_wmguard.keys import OwnerKey, write_key_pair
@@ -207,6 +215,8 @@ def run(out: Path, epochs: int, seed: int, console: Any) -> dict[str, Any]:
     mine = {"owner_key": f"file:{keys / 'owner.key'}", "registry": str(out / "registry")}
     config = WatermarkConfig(
         model_id="demo/minilm-glosses",
+        # The defaults' dose of triggers, in every second step: steps with the signature alone can be timed between them.
+        triggers=TriggerConfig(every_n_steps=2, weight=1.0),
         protection=ProtectionConfig(recipients=(f"file:{keys / 'inference.key.pub'}",)),
         **mine,
     )
