@@ -7,7 +7,7 @@ times, beside it the median over the rounds, and the ratio of the processor time
 on the machine disturb less. Files lie in --work (by default in /dev/shm, where a file is memory and fsync costs
 nothing); with --disk DIR the saves are timed there too, both until the disk has them. "Load into owned memory" is
 `load_file` and `clone` of each tensor against `read_all` and `torch.frombuffer`; part of that win is huge pages.
-Needs room for about three times --gb in --work, and twice --big-gb in --big-work. All files are deleted.
+Needs room for about four times --gb in --work, and twice --big-gb in --big-work. All files are deleted.
 """
 
 from __future__ import annotations
@@ -103,11 +103,13 @@ def timed(action: Callable[[], object]) -> Timed:
 
 
 def rounds(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Timed]]:
-    """Run every case once in each round; the first round only warms up."""
+    """Run every case once in each round, another one first each time; the first round only warms up."""
     found: dict[str, list[Timed]] = {name: [] for name in cases}
+    names = list(cases)
     for index in range(repeats + 1):
-        for name, action in cases.items():
-            taken = timed(action)
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            taken = timed(cases[name])
             if index:
                 found[name].append(taken)
     return found
@@ -178,13 +180,14 @@ def our_load(path: Path, threads: int, memory: Memory | None = None) -> dict[str
 
 def loads(folder: Path, threads: int) -> dict[str, Callable[[], object]]:
     """Return the ways to load."""
-    ours = folder / "ours.safetensors"
+    ours, small = folder / "ours.safetensors", folder / "small.safetensors"
     with ProtectedFile(ours, dek=DEK) as file:
         memory = Memory(file.memory_bytes())
     return {
         "plain load_file + clone": lambda: {n: t.clone() for n, t in load_file(folder / "plain.safetensors").items()},
         "container": partial(our_load, ours, threads),
         "container, memory used again": partial(our_load, ours, threads, memory),
+        "container, that and 1 MiB chunks": partial(our_load, small, threads, memory),
     }
 
 
@@ -236,20 +239,28 @@ def protect(folder: Path, size_bytes: int, threads: int) -> dict[str, float]:
     return {"size_bytes": len(source) * size, "peak_bytes": peak, "seconds": seconds}
 
 
+def plain_write(source: Mapping[str, TensorData], path: Path) -> None:
+    """Write the same bytes as they are."""
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        for name in source:
+            file.write(source[name].data)
+
+
 def growth(folder: Path, sizes_gb: list[float], threads: int) -> list[dict[str, float]]:
-    """Return seconds for each gigabyte, for files of several sizes."""
+    """Return seconds for each gigabyte, for files of several sizes; beside them what a plain write takes."""
     rows = []
     for size_gb in sizes_gb:
         source, path = Repeated(int(size_gb * 1e9)), folder / "grown.safetensors"
+        plain = [timed(partial(plain_write, source, path)) for _ in range(3)]
         save = [timed(partial(our_save, source, path, threads=threads, digest=False)) for _ in range(3)]
         load = [timed(partial(our_load, path, threads)) for _ in range(3)]
         size = path.stat().st_size / 1e9
         path.unlink()
-        rows.append({"gb": size, **{n: min(t[1] for t in v) / size for n, v in (("save", save), ("load", load))}})
-        print(
-            f"  {size:6.2f} GB: processor seconds per GB: save {rows[-1]['save']:.3f}, load {rows[-1]['load']:.3f}",
-            flush=True,
-        )
+        kinds = {"plain": plain, "save": save, "load": load}
+        rows.append({"gb": size, **{kind: min(t[1] for t in times) / size for kind, times in kinds.items()}})
+        figures = ", ".join(f"{kind} {rows[-1][kind]:.3f}" for kind in kinds)
+        print(f"  {size:6.2f} GB: processor seconds per GB: {figures}", flush=True)
     return rows
 
 
@@ -275,10 +286,13 @@ def main() -> None:
         folder = Path(name)
         print(f"save of {size / 1e9:.2f} GB")
         result["save"] = summary(rounds(saves(tensors, folder, options.threads, sync=False), options.repeats), size)
-        our_save({name: encode(name, tensor) for name, tensor in tensors.items()}, folder / "ours.safetensors")
+        source = {name: encode(name, tensor) for name, tensor in tensors.items()}
+        our_save(source, folder / "ours.safetensors")
+        our_save(source, folder / "small.safetensors", chunk_bytes=1 << 20)
         print("load into owned memory")
         result["load"] = summary(rounds(loads(folder, options.threads), options.repeats), size)
-        (folder / "plain.safetensors").unlink()
+        for name in ("plain", "small"):
+            (folder / f"{name}.safetensors").unlink()
         if options.disk:
             print("save until the disk has it")
             with tempfile.TemporaryDirectory(dir=options.disk) as disk:

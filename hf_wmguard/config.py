@@ -177,10 +177,12 @@ class ProtectionConfig:
             always open what the owner saved.
         destination: A folder that gets the finished protected model when training ends, or None: only where the
             Trainer saves.
+        hide_names: Hide names, number and sizes of the tensors in every save too; shards then have no index.
     """
 
     recipients: tuple[str, ...] = ()
     destination: str | None = None
+    hide_names: bool = False
 
     def __post_init__(self) -> None:
         _settle(self, "protection")
@@ -300,6 +302,8 @@ def _convert(kind: Any, value: object, where: str) -> object:
     if typing.get_origin(kind) is Literal:
         return value
     # bool is an int in Python, but never meant as one here.
+    if kind is bool and isinstance(value, bool):
+        return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, int) and not isinstance(value, bool):

@@ -242,6 +242,7 @@ class ProtectedWriter:
                 dek=self._dek,
                 context=self._context(path.name),
                 metadata=metadata,
+                hide_names=self._config.protection.hide_names,
             )
         )
 
@@ -286,6 +287,9 @@ class ProtectedWriter:
         if not self._records:
             raise FormatError("no weights were saved", hint="this model's save_pretrained writes no safetensors file")
         divert_unaware(self.staging / "config.json")
+        if self._config.protection.hide_names:
+            # It lists what is hidden.
+            (self.staging / _INDEX).unlink(missing_ok=True)
         self._publish()
         entries = [
             FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256) for record in self._records
@@ -321,7 +325,7 @@ class ProtectedWriter:
             # Ciphertext of the save that is being replaced; anything else is not ours to delete.
             if stale.name not in names and stale.is_file() and is_protected(stale):
                 stale.unlink()
-        if not any(_SHARD.search(name) for name in names):
+        if self._config.protection.hide_names or not any(_SHARD.search(name) for name in names):
             (self._folder / _INDEX).unlink(missing_ok=True)
 
     def _context(self, name: str) -> FileContext:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from tiny import EPOCHS, FIRST_SIGNATURE_STEP, STEPS, Recorder, Run, StopAt, digest_weights, make_keys, make_rows
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Trainer
 
-from hf_wmguard import protect_trainer, verify
+from hf_wmguard import load_protected, protect_trainer, verify
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
 from hf_wmguard.errors import ConfigError, ManifestError, NotFoundError, OwnershipError, RegistryError, WmguardError
 from hf_wmguard.evidence.manifest import read_manifest
@@ -74,6 +74,39 @@ def test_stopped_and_resumed_twice_equals_uninterrupted(
     assert manifests[1].signature.weight_change == pytest.approx(signature.weight_change, abs=1e-6)
     registry = Registry(Path(config.registry), OwnerKey.load(config.owner_key))
     assert len(registry.commitments()) == 1
+
+
+def test_hidden_names_in_every_save(guarded: Run, tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    assert guarded.config is not None
+    protection = dataclasses.replace(guarded.config.protection, hide_names=True)
+    config = _config(guarded, tmp_path, protection=protection)
+    shutil.copytree(guarded.out / "checkpoint-8", tmp_path / "out" / "checkpoint-8")
+    stop = FIRST_SIGNATURE_STEP + 5
+    first = make_trainer(num_train_epochs=EPOCHS, trainer={"callbacks": [StopAt(stop, save=True)]})
+    protect_trainer(first, config)
+    first.train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    second = make_trainer(num_train_epochs=EPOCHS)
+    protect_trainer(second, config)
+    second.train(resume_from_checkpoint=True)
+    assert digest_weights(second.model) == digest_weights(guarded.trainer.model)
+    # An index from a save that hid nothing goes too: it would list what is hidden now.
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "model.safetensors.index.json").write_text("{}")
+    second.model.save_pretrained(str(tmp_path / "final"), max_shard_size="200KB")
+    folders = [tmp_path / "final", *(tmp_path / "out").glob("checkpoint-*")]
+    assert len(list(folders[0].glob("*.safetensors"))) > 1
+    names = [name.encode() for name in second.model.state_dict()]
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        if path.suffix not in {".pt", ".pth", ".bin"}:
+            assert not any(name in path.read_bytes() for name in names), path
+    assert not (folders[0] / "model.safetensors.index.json").exists()
+    report = verify(folders[0], **guarded.where)
+    assert report.verdict == "detected"
+    loaded = load_protected(
+        folders[0], identity=guarded.identity, auto_class=AutoModelForSequenceClassification
+    ).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in second.model.state_dict().items())
 
 
 def _other_key(guarded: Run, tmp_path: Path) -> WatermarkConfig:
