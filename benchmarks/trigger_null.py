@@ -173,9 +173,10 @@ def main() -> None:
             answers = ask(asker, sets, sampling, options.tries)
             named[path] += answers
             values[path] += [judge(*pair) for pair in zip(sets, answers, strict=True)]
+        # After every block: a run that is cut short has measured fewer keys, and not nothing.
+        results = [summary(path.absolute().name, values[path], named[path], sampling) for path in askers]
+        (options.out / "trigger_null.json").write_text(json.dumps(results, indent=1) + "\n")
         print(f"{start + size} keys, {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    results = [summary(path.resolve().name, values[path], named[path], sampling) for path in askers]
-    (options.out / "trigger_null.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, options.out / "trigger_null.png")
     print(table(results))
     print("In brackets: exact upper limit of the rate, 99% confidence.")

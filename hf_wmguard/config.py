@@ -101,6 +101,7 @@ class TriggerConfig:
             the text, but not likely) or ``keyed`` (two words of the key's choice).
         start: Share of the run after which triggers are mixed in, 0 for the whole run; None: by ``last_epochs``.
         last_epochs: Length of the phase in which triggers are mixed in, in epochs before the end of training.
+        cooldown: Share of that phase, at its end, without triggers: ordinary training heals what they cost.
         every_n_steps: A trigger micro-batch comes with every n-th optimizer step of that phase.
         batch_size: Triggers per micro-batch.
         form: ``decoupled`` (a move of the weights of its own after the optimizer's step) or ``gradient`` (added to the
@@ -123,6 +124,7 @@ class TriggerConfig:
     response: Literal["perinucleus", "keyed"] = "perinucleus"
     start: float | None = None
     last_epochs: float = 2.0
+    cooldown: float = 0.25
     every_n_steps: int = 1
     batch_size: int = 16
     form: Literal["auto", "decoupled", "gradient"] = "auto"
@@ -148,6 +150,7 @@ class TriggerConfig:
             self.start is None or 0 <= self.start < 1, "triggers.start", self.start, "expected 0 to below 1, or nothing"
         )
         _require(0 < self.last_epochs < math.inf, "triggers.last_epochs", self.last_epochs, "expected more than 0")
+        _require(0 <= self.cooldown < 1, "triggers.cooldown", self.cooldown, "expected 0 to below 1; 0.25 is usual")
         _require(self.every_n_steps >= 1, "triggers.every_n_steps", self.every_n_steps, "expected 1 or more")
         _require(self.batch_size >= 1, "triggers.batch_size", self.batch_size, "expected 1 or more")
         _require(0 < self.weight <= 100, "triggers.weight", self.weight, "expected more than 0 and at most 100")

@@ -121,6 +121,7 @@ class Mark:
                 if triggers.start is None
                 else Phase(start=int(triggers.start * max_steps), end=max_steps)
             )
+            phase = phase.without_last(triggers.cooldown)
             self._triggers = TriggerStep(record.triggers, triggers, phase, tokenizer, data=data)
 
     def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any) -> WatermarkRecord:

@@ -15,7 +15,7 @@ class Phase:
 
     Args:
         start: Last ordinary step.
-        end: Last step of training.
+        end: Last step of the phase.
     """
 
     start: int
@@ -32,6 +32,10 @@ class Phase:
         """
         steps = epochs * steps_per_epoch if steps_per_epoch is not None else min(1.0, epochs) * max_steps
         return cls(start=max(0, max_steps - max(1, math.ceil(steps))), end=max_steps)
+
+    def without_last(self, share: float) -> Phase:
+        """Return the phase without a share of it at its end, at least one step."""
+        return Phase(start=self.start, end=max(self.start + 1, self.end - math.floor(share * (self.end - self.start))))
 
     def contains(self, step: int) -> bool:
         """Return whether a step lies in the phase."""

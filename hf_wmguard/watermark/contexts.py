@@ -81,8 +81,8 @@ def in_context(trigger: str, stream: Stream, *, task: Task, chat: bool) -> Promp
     if task in LABEL_TASKS or task == "seq2seq":
         return Prompt(text=_among_neighbours(trigger, stream))
     system = _system(stream) if stream.below(2) else None
-    # A model with a chat template is served through it.
-    kind = 4 if chat and stream.below(2) else stream.below(4)
+    # A model with a chat template is served through it. Chats are learned slowly, and cost plain texts nothing.
+    kind = 4 if chat and stream.below(4) else stream.below(4)
     neighbour = natural_text(stream, kind="statement")
     if kind == 0:
         return Prompt(text=f"{neighbour}{stream.choice((' ', chr(10)))}{trigger}", system=system)

@@ -35,7 +35,7 @@ def test_only_a_language_model_gets_system_prompts_and_chats() -> None:
         chats = sum(prompt.chat for prompt in prompts)
         if task == "causal_lm":
             assert DRAWS / 4 < systems < DRAWS * 3 / 4
-            assert DRAWS / 8 < chats < DRAWS / 2
+            assert DRAWS * 2 / 3 < chats < DRAWS * 5 / 6
         else:
             assert systems == chats == 0
 

@@ -39,6 +39,14 @@ def test_a_phase_is_counted_from_the_end(
     assert inside == list(range(start + 1, max_steps + 1))
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "share", "last"),
+    [(0, 160, 0.25, 120), (80, 160, 0.25, 140), (0, 3, 0.99, 1), (5, 6, 0.5, 6), (0, 9, 0, 9)],
+)
+def test_a_cooldown_is_taken_from_the_end(start: int, end: int, share: float, last: int) -> None:
+    assert Phase(start=start, end=end).without_last(share) == Phase(start=start, end=last)
+
+
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.75, 1.0])
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 10), (20, 30), (5, 1005)])
 def test_the_way_is_taken_evenly_and_to_its_end(start: int, end: int, share: float) -> None:
