@@ -60,7 +60,7 @@ class WatermarkCallback(TrainerCallback):
             # A key that is never used: what refuses to wrap must say so now, not at the first save.
             seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
         self._holding = False
-        self._optimizer = OptimizerGuard(self.mark.owner)
+        self._optimizer = OptimizerGuard(self.mark.owner, hide_names=config.protection.hide_names)
         self._trainer: Trainer | None = None
         self._logging = False
 

@@ -9,7 +9,7 @@ callback is handed anyway, so that a bare callback can do it too.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_wmguard.container.files import FileContext, ProtectedFile, TensorData, write_protected
+from hf_wmguard.container.files import FileContext, ProtectedFile, write_protected
 from hf_wmguard.errors import ManifestError, UnsupportedError
 from hf_wmguard.evidence.manifest import Manifest, read_manifest
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.protected import OPTIMIZER_NAME
-from hf_wmguard.suspects.tensors import encode, has_name, read_tensor
+from hf_wmguard.suspects.tensors import Encoded, has_name, read_tensor
 
 TRAINER_NAME = "optimizer.pt"
 _NOTE = "hf-wmguard"
@@ -39,10 +39,12 @@ class OptimizerGuard:
 
     Args:
         owner: The owner's key.
+        hide_names: Whether number and sizes of the tensors are hidden, as those of the weights are.
     """
 
-    def __init__(self, owner: OwnerKey) -> None:
+    def __init__(self, owner: OwnerKey, *, hide_names: bool = False) -> None:
         self._owner = owner
+        self._hide_names = hide_names
         self._checkpoint: tuple[Path, Manifest] | None = None
         self._reading: Path | None = None
 
@@ -57,7 +59,7 @@ class OptimizerGuard:
             if self._checkpoint is None:
                 return plain_state()
             (folder, manifest), self._checkpoint = self._checkpoint, None
-            _write(folder / OPTIMIZER_NAME, plain_state(), self._key(manifest), _context(manifest))
+            self._write(folder / OPTIMIZER_NAME, plain_state(), manifest)
             return {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
 
         def load_state_dict(state: Any) -> Any:
@@ -93,6 +95,19 @@ class OptimizerGuard:
         finally:
             self._reading = None
 
+    def _write(self, path: Path, state: Any, manifest: Manifest) -> None:
+        tensors: dict[str, Tensor] = {}
+        skeleton = io.BytesIO()
+        torch.save(_take_out(state, tensors), skeleton)
+        tensors[_SKELETON] = torch.frombuffer(skeleton.getbuffer(), dtype=torch.uint8)
+        write_protected(
+            path,
+            Encoded(tensors),
+            dek=self._key(manifest),
+            context=_context(manifest),
+            hide_names=self._hide_names,
+        )
+
     def _read(self, state: Any, folder: Path) -> Any:
         if not isinstance(state, dict) or _NOTE not in state:
             # Fail closed, as for weights: whoever can put a plaintext state here steers the training.
@@ -118,32 +133,8 @@ class OptimizerGuard:
         return "OptimizerGuard()"
 
 
-class _Encoded(Mapping[str, TensorData]):
-    """Tensors that are brought to the CPU one at a time, when the writer asks for them."""
-
-    def __init__(self, tensors: dict[str, Tensor], skeleton: memoryview) -> None:
-        self._tensors = tensors
-        self._skeleton = TensorData(dtype="U8", shape=(len(skeleton),), data=skeleton)
-
-    def __getitem__(self, name: str) -> TensorData:
-        return self._skeleton if name == _SKELETON else encode(name, self._tensors[name])
-
-    def __iter__(self) -> Iterator[str]:
-        yield from (*self._tensors, _SKELETON)
-
-    def __len__(self) -> int:
-        return len(self._tensors) + 1
-
-
 def _context(manifest: Manifest) -> FileContext:
     return FileContext(model_id=manifest.model_id, iteration=manifest.iteration, set_id=manifest.set_id, role=_ROLE)
-
-
-def _write(path: Path, state: Any, key: bytes, context: FileContext) -> None:
-    tensors: dict[str, Tensor] = {}
-    skeleton = io.BytesIO()
-    torch.save(_take_out(state, tensors), skeleton)
-    write_protected(path, _Encoded(tensors, skeleton.getbuffer()), dek=key, context=context)
 
 
 def _take_out(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from hf_wmguard import WatermarkCallback, protect_trainer
 from hf_wmguard.config import WatermarkConfig
-from hf_wmguard.container.files import ProtectedFile
+from hf_wmguard.container.files import ProtectedFile, inspect_file
 from hf_wmguard.container.recipients import load_identity
 from hf_wmguard.errors import AuthenticationError, ManifestError, NotFoundError, UnsupportedError, WmguardError
 from hf_wmguard.evidence.manifest import read_manifest
@@ -116,6 +116,19 @@ def test_a_bare_callback_encrypts_it_too(
     assert files_holding(tmp_path / "out", excerpts(moments(trainer))) == []
     # Whoever asks for the state outside of a checkpoint gets it.
     assert trainer.optimizer.state_dict().keys() == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize("hide_names", [False, True])
+def test_hidden_names_hide_its_tensors_too(
+    hide_names: bool, tmp_path: Path, make_trainer: MakeTrainer, make_config: MakeConfig
+) -> None:
+    config = make_config(signature=None)
+    protection = dataclasses.replace(config.protection, hide_names=hide_names)
+    trainer = make_trainer(num_train_epochs=1)
+    protect_trainer(trainer, dataclasses.replace(config, protection=protection))
+    trainer.train()
+    tensors = inspect_file(tmp_path / "out" / "checkpoint-8" / "optimizer.wmguard")["tensors"]
+    assert (tensors == {}) == hide_names
 
 
 def test_weights_in_the_optimizer_are_ciphertext(
