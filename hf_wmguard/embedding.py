@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_wmguard.atomic import sync_folder
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
-from hf_wmguard.errors import ConfigError, EnvironmentFault, NotFoundError, UnsupportedError, UsageError
+from hf_wmguard.errors import ConfigError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import WEIGHT_SUFFIXES, is_trainer_state
 from hf_wmguard.evidence.registry import Registry
+from hf_wmguard.folders import check_new_folder, new_folder
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.protect import Committed, commit, new_record, new_salt
 from hf_wmguard.suspects.files import hash_files
@@ -136,15 +135,12 @@ def embed_folder(
     owner = _owner(config)
     shards = find_shards(source)
     others = _other_files(source, shards)
-    _check_output(source, out, Path(config.registry))
+    _check_registry(Path(config.registry), out)
+    check_new_folder(source, out)
     committed = _commit(owner, config, shards.carrying_shapes(), shards)
     keys = committed.record.carrier_keys(owner)
     report = progress or (lambda name, count: None)
-    # Of the same name for the same target, so that a rerun finds what a killed run left behind.
-    staging = out.absolute().parent / f"{STAGING_PREFIX}{out.name}"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+    with new_folder(out, STAGING_PREFIX) as staging:
         for file in (*others, *shards.files):
             (staging / file).parent.mkdir(parents=True, exist_ok=True)
             _copy(source / file, staging / file, report)
@@ -155,15 +151,6 @@ def embed_folder(
         for file in (*others, *shards.files):
             _sync_file(staging / file)
         digests = _digests(staging, shards.files, report)
-        # An empty folder there gives way.
-        staging.replace(out)
-        sync_folder(out.absolute().parent)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write {out}: {error.strerror or error}", hint="check free space and permissions"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     Registry(Path(config.registry), owner).append("save", _registry_body(config, committed, out, digests))
     return result
 
@@ -245,17 +232,9 @@ def _judge(committed: Committed, reading: Reading, change: float) -> Embedded:
     )
 
 
-def _check_output(source: Path, out: Path, registry: Path) -> None:
-    if out.is_symlink():
-        raise UsageError(f"{out} is a symbolic link", hint="choose a new folder")
+def _check_registry(registry: Path, out: Path) -> None:
     if registry.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"the registry {registry} lies inside {out}", hint="keep the registry apart from the models")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty and is not overwritten", hint="choose a new folder")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out} lies inside {source}", hint="choose another folder")
-    if not out.absolute().parent.is_dir():
-        raise NotFoundError(f"no folder {out.absolute().parent}", hint="create it first")
 
 
 def _other_files(folder: Path, shards: Shards) -> list[str]:

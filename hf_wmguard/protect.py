@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import re
 import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from hf_wmguard.evidence.manifest import (
     write_manifest,
 )
 from hf_wmguard.evidence.registry import Entry, Registry, commitment_digest
+from hf_wmguard.folders import staging_folder
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.protected import divert_unaware
 from hf_wmguard.suspects.reader import Encrypted, tile_reader
@@ -203,10 +202,9 @@ class ProtectedWriter:
         self.set_id = secrets.token_hex(16)
         self._records: list[FileRecord] = []
         folder.mkdir(parents=True, exist_ok=True)
-        # What a killed save left behind is ciphertext without a manifest: of no use to anyone.
-        for stale in folder.glob(STAGING_PREFIX + "*"):
-            shutil.rmtree(stale)
-        self.staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
+        # What a killed save left behind is ciphertext without a manifest, of no use to anyone: it is cleared away.
+        self._stack = ExitStack()
+        self.staging = self._stack.enter_context(staging_folder(folder, STAGING_PREFIX))
 
     def __enter__(self) -> Self:
         return self
@@ -214,7 +212,7 @@ class ProtectedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self._stack.close()
 
     def add(self, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Encrypt the tensors of one file.

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_wmguard.atomic import sync_folder, write_atomic
+from hf_wmguard.atomic import write_atomic
 from hf_wmguard.canonical import canonical_json, canonical_time
 from hf_wmguard.container.files import FileContext, FileRecord, is_protected, write_protected
 from hf_wmguard.container.format import DEK_BYTES, PUBLIC_HEADER
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.plain import FileTensor, PlainFile
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
-from hf_wmguard.errors import EnvironmentFault, FormatError, NotFoundError, UnsupportedError, UsageError
+from hf_wmguard.errors import FormatError, NotFoundError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
     MANIFEST_NAME,
@@ -31,6 +31,7 @@ from hf_wmguard.evidence.manifest import (
     is_trainer_state,
     write_manifest,
 )
+from hf_wmguard.folders import check_new_folder, new_folder
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.protected import divert_unaware
 
@@ -145,13 +146,10 @@ def protect_folder(
     readers = [load_recipient(ref) for ref in recipients]
     if owner_key is not None:
         readers.insert(0, X25519Identity.from_owner(owner).recipient())
-    _check_folders(source, out)
+    check_new_folder(source, out)
     found = _survey(source)
     context = FileContext(model_id=model_id or source.resolve().name, iteration=iteration, set_id=secrets.token_hex(16))
-    staging = out.absolute().parent / f"{STAGING_PREFIX}{out.name}"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+    with new_folder(out, STAGING_PREFIX) as staging:
         dek = secrets.token_bytes(DEK_BYTES)
         options = {"suite": suite, "hide_names": hide_names, "threads": threads, "progress": progress}
         records = _encrypt(found, staging, dek, context, max_shard_bytes, options)
@@ -163,15 +161,6 @@ def protect_folder(
         manifest = _manifest(staging, context, dek, list(records))
         write_atomic(staging / RECIPIENTS_NAME, sealed)
         write_manifest(staging, manifest, owner)
-        # An empty folder there gives way.
-        staging.replace(out)
-        sync_folder(out.absolute().parent)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write {out}: {error.strerror or error}", hint="check free space and permissions"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return Protected(
         model_id=context.model_id,
         iteration=iteration,
@@ -182,19 +171,6 @@ def protect_folder(
         size_bytes=sum(record.size_bytes for record in records),
         left_out=found.left_out,
     )
-
-
-def _check_folders(source: Path, out: Path) -> None:
-    if not source.is_dir():
-        raise NotFoundError(f"no folder {source}", hint="give the folder of a model, as save_pretrained writes it")
-    if out.is_symlink():
-        raise UsageError(f"{out} is a symbolic link", hint="choose a new folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty and is not overwritten", hint="choose a new folder")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out} lies inside {source}", hint="choose another folder")
-    if not out.absolute().parent.is_dir():
-        raise NotFoundError(f"no folder {out.absolute().parent}", hint="create it first")
 
 
 def _survey(folder: Path) -> _Input:

@@ -238,6 +238,22 @@ def test_the_trainers_state_is_left_out(model: Path, tmp_path: Path, identity: s
     assert not any(b"secret token" in p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
 
 
+def test_of_two_runs_at_once_one_wins(model: Path, tmp_path: Path, identity: str) -> None:
+    out, to, won = tmp_path / "out", (f"{identity}.pub",), []
+
+    def another(name: str, count: int) -> None:
+        if not won:
+            won.append(protect_folder(model, out, recipients=to, model_id="winner", max_shard_bytes=20_000))
+
+    with pytest.raises(UsageError, match="not overwritten"):
+        protect_folder(model, out, recipients=to, model_id="loser", progress=another)
+    manifest, _ = read_manifest(out)
+    check_files(out, manifest)
+    assert manifest.set_id == won[0].set_id
+    assert sorted(path.name for path in out.glob("*.safetensors")) == list(won[0].files)
+    assert not list(tmp_path.glob(f"{STAGING_PREFIX}*"))
+
+
 def test_sizes() -> None:
     assert [parse_size(text) for text in ("5GB", "500 mb", "2GiB", "17")] == [5 * 10**9, 5 * 10**8, 2 << 30, 17]
     for text in ("", "5 elephants", "-1", "0", "1.5GB"):

@@ -13,8 +13,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_wmguard import load_protected, verify
+from hf_wmguard.container.recipients import load_identity
 from hf_wmguard.errors import UnsupportedError
-from hf_wmguard.evidence.manifest import check_files, read_manifest
+from hf_wmguard.evidence.manifest import STAGING_PREFIX, check_files, read_manifest
+from hf_wmguard.keys import OwnerKey
+from hf_wmguard.loading import read_state_dict
+from hf_wmguard.protect import ProtectedWriter
 from hf_wmguard.suspects.plaintext import PlaintextFinder
 from hf_wmguard.training import SignatureLostWarning
 
@@ -62,6 +66,21 @@ def test_a_file_of_someone_else_in_the_folder_is_not_deleted(guarded: Run, tmp_p
     (tmp_path / "notes.safetensors").write_bytes(b"mine")
     guarded.trainer.model.save_pretrained(tmp_path)
     assert (tmp_path / "notes.safetensors").read_bytes() == b"mine"
+
+
+def test_two_saves_at_once_do_not_clear_each_other_away(guarded: Run, tmp_path: Path) -> None:
+    assert guarded.config is not None
+    owner = OwnerKey.load(guarded.config.owner_key)
+    with ProtectedWriter(tmp_path, config=guarded.config, owner=owner) as first:
+        first.add({"a": torch.ones(3)}, first.staging / "model.safetensors")
+        with ProtectedWriter(tmp_path, config=guarded.config, owner=owner) as second:
+            second.add({"a": torch.zeros(3)}, second.staging / "model.safetensors")
+            second.finish(state="pending")
+        first.finish(state="pending")
+    manifest, _ = read_manifest(tmp_path)
+    check_files(tmp_path, manifest)
+    assert torch.equal(read_state_dict(tmp_path, (load_identity(guarded.identity),))["a"], torch.ones(3))
+    assert not list(tmp_path.glob(f"{STAGING_PREFIX}*"))
 
 
 def test_deep_copy_saves_its_own_weights(guarded: Run, tmp_path: Path) -> None:
