@@ -34,7 +34,7 @@ from hf_wmguard.evidence.manifest import (
     write_manifest,
 )
 from hf_wmguard.evidence.registry import Entry, Registry, commitment_digest
-from hf_wmguard.folders import staging_folder
+from hf_wmguard.folders import locked, staging_folder
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.protected import divert_unaware
 from hf_wmguard.suspects.reader import Encrypted, tile_reader
@@ -288,30 +288,33 @@ class ProtectedWriter:
         if self._config.protection.hide_names:
             # It lists what is hidden.
             (self.staging / _INDEX).unlink(missing_ok=True)
-        self._publish()
-        entries = [
-            FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256) for record in self._records
-        ]
-        entries += [digest_file(self._folder / name) for name in _COVERED if (self._folder / name).is_file()]
-        recipients = [X25519Identity.from_owner(self._owner).recipient(), *self._recipients]
-        sealed = seal_recipients(self._dek, recipients, set_id=self.set_id, model_id=self._config.model_id)
-        write_atomic(self._folder / RECIPIENTS_NAME, sealed)
-        manifest = Manifest(
-            model_id=self._config.model_id,
-            iteration=self._config.iteration,
-            set_id=self.set_id,
-            created=canonical_time(),
-            step=step,
-            state=state,
-            files=tuple(sorted(entries, key=lambda entry: entry.name)),
-            dek_commitment=dek_commitment(self._dek, self.set_id),
-            commitment=committed.entry.hash if committed else None,
-            commitment_time=committed.entry.time if committed else None,
-            signature=signature,
-            triggers=triggers,
-            sealed_state=sealed_state,
-        )
-        write_manifest(self._folder, manifest, self._owner)
+        # Whoever changes the recipients meanwhile would put those of the old save over the new ones.
+        with locked(self._folder):
+            self._publish()
+            entries = [
+                FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256)
+                for record in self._records
+            ]
+            entries += [digest_file(self._folder / name) for name in _COVERED if (self._folder / name).is_file()]
+            recipients = [X25519Identity.from_owner(self._owner).recipient(), *self._recipients]
+            sealed = seal_recipients(self._dek, recipients, set_id=self.set_id, model_id=self._config.model_id)
+            write_atomic(self._folder / RECIPIENTS_NAME, sealed)
+            manifest = Manifest(
+                model_id=self._config.model_id,
+                iteration=self._config.iteration,
+                set_id=self.set_id,
+                created=canonical_time(),
+                step=step,
+                state=state,
+                files=tuple(sorted(entries, key=lambda entry: entry.name)),
+                dek_commitment=dek_commitment(self._dek, self.set_id),
+                commitment=committed.entry.hash if committed else None,
+                commitment_time=committed.entry.time if committed else None,
+                signature=signature,
+                triggers=triggers,
+                sealed_state=sealed_state,
+            )
+            write_manifest(self._folder, manifest, self._owner)
         return manifest
 
     def _publish(self) -> None:

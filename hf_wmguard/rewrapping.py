@@ -10,26 +10,23 @@ A new DEK is a new save.
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_wmguard.atomic import write_atomic
 from hf_wmguard.container.recipients import (
-    MAX_RECIPIENTS_FILE_BYTES,
     Identity,
     RecipientsFile,
     Stanza,
     load_identity,
     load_recipient,
 )
-from hf_wmguard.errors import NotFoundError, UsageError
+from hf_wmguard.errors import ManifestError, UsageError
 from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, read_manifest
 from hf_wmguard.evidence.signing import load_signer
-from hf_wmguard.suspects.protected import open_dek
+from hf_wmguard.folders import locked
+from hf_wmguard.suspects.protected import open_dek, read_recipients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +50,9 @@ def list_recipients(folder: Path) -> tuple[dict[str, str], ...]:
     Raises:
         NotFoundError: There is no recipients file.
         FormatError: It is malformed.
+        EnvironmentFault: It cannot be read.
     """
-    return _listed(RecipientsFile.parse(_read(folder)).stanzas)
+    return _listed(RecipientsFile.parse(read_recipients(folder)).stanzas)
 
 
 def rewrap(
@@ -78,6 +76,7 @@ def rewrap(
     Raises:
         UsageError: Nothing to do, a recipient to remove that there is not, the owner, or the last one.
         NotFoundError, ManifestError, AuthenticationError, FormatError: As `open_folder`.
+        ManifestError: Somebody who does not wait for us replaced the save meanwhile.
         KeyServiceError: A service that must wrap or unwrap does not answer.
     """
     if not add and not remove:
@@ -85,10 +84,12 @@ def rewrap(
     opener = load_identity(identity) if isinstance(identity, str) else identity
     recipients = [load_recipient(ref) for ref in add]
     pinned = load_signer(signer) if signer else None
-    with _locked(folder):
+    # Of two at once the later would undo the earlier, and the DEK of a save that came between them would be lost.
+    with locked(folder):
         manifest, _ = read_manifest(folder, signer=pinned)
-        dek = open_dek(folder, manifest, (opener,))
-        file = RecipientsFile.parse(_read(folder))
+        data = read_recipients(folder)
+        dek = open_dek(folder, manifest, (opener,), recipients=data)
+        file = RecipientsFile.parse(data)
         removed = _named(file, remove, remove_owner=remove_owner)
         kept = [stanza for stanza in file.stanzas if stanza["recipient"] not in removed]
         # Who is there already keeps the stanza that works; who is removed and added at once gets a new one.
@@ -96,6 +97,8 @@ def rewrap(
         if not kept and not new:
             raise UsageError("this would remove the last recipient", hint="nobody could open the folder any more")
         stanzas = [*kept, *(one.wrap(dek, file.context) for one in new.values())]
+        if read_manifest(folder)[0].set_id != manifest.set_id:
+            raise ManifestError(f"{folder} was saved again meanwhile", hint="run it again, on the new save")
         write_atomic(folder / RECIPIENTS_NAME, RecipientsFile.sealed(dek, file.context, stanzas).encode())
     return Rewrapped(added=tuple(new), removed=tuple(removed), recipients=_listed(stanzas))
 
@@ -119,26 +122,3 @@ def _named(file: RecipientsFile, remove: Sequence[str], *, remove_owner: bool) -
 
 def _listed(stanzas: Sequence[Stanza]) -> tuple[dict[str, str], ...]:
     return tuple({"kind": stanza["kind"], "recipient": stanza["recipient"]} for stanza in stanzas)
-
-
-def _read(folder: Path) -> bytes:
-    path = folder / RECIPIENTS_NAME
-    # is_file() first: opening a FIFO would wait for a writer.
-    if not path.is_file():
-        raise NotFoundError(f"{folder} lacks {RECIPIENTS_NAME}", hint="point at a whole protected folder")
-    with path.open("rb") as file:
-        return file.read(MAX_RECIPIENTS_FILE_BYTES + 1)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one `rewrap` at a time into a folder: of two at once the later would undo the earlier."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NotFoundError(f"no protected folder at {folder}: {error.strerror}", hint="give a local folder") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -11,12 +11,12 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from hf_wmguard.container.files import FileContext, ProtectedFile
-from hf_wmguard.container.recipients import Identity, dek_commitment, open_recipients
-from hf_wmguard.errors import ManifestError, NotFoundError
+from hf_wmguard.container.recipients import MAX_RECIPIENTS_FILE_BYTES, Identity, dek_commitment, open_recipients
+from hf_wmguard.container.source import open_file
+from hf_wmguard.errors import EnvironmentFault, FormatError, ManifestError, NotFoundError
 from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, Manifest, check_sizes, digest_file, read_manifest
 from hf_wmguard.hardening import no_core_dumps
 
-MAX_RECIPIENTS_BYTES = 1 << 20
 WEIGHT_SUFFIX = ".safetensors"
 OPTIMIZER_NAME = "optimizer.wmguard"
 """The encrypted state of the optimizer in a checkpoint; for the owner alone."""
@@ -114,13 +114,39 @@ def _set_weights(config_file: Path, name: str | None) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def open_dek(path: Path, manifest: Manifest, identities: tuple[Identity, ...]) -> bytes:
-    """Return the data encryption key of a protected folder; errors as `open_folder`."""
+def read_recipients(path: Path) -> bytes:
+    """Return the recipients file of a protected folder, of which nothing has been checked; at most a byte too much.
+
+    Raises:
+        NotFoundError: There is none.
+        FormatError: Something else has its name.
+        EnvironmentFault: It cannot be read.
+    """
     try:
-        with (path / RECIPIENTS_NAME).open("rb") as file:
-            data = file.read(MAX_RECIPIENTS_BYTES + 1)
-    except FileNotFoundError:
+        with open_file(path / RECIPIENTS_NAME) as file:
+            return file.read(MAX_RECIPIENTS_FILE_BYTES + 1)
+    except NotFoundError:
         raise NotFoundError(f"{path} lacks {RECIPIENTS_NAME}", hint="fetch the whole protected folder") from None
+    except FormatError:
+        raise FormatError(f"{RECIPIENTS_NAME} in {path} is not a regular file", hint="fetch the folder again") from None
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot read {RECIPIENTS_NAME} in {path}: {error.strerror}", hint="check the disk"
+        ) from None
+
+
+def open_dek(
+    path: Path, manifest: Manifest, identities: tuple[Identity, ...], *, recipients: bytes | None = None
+) -> bytes:
+    """Return the data encryption key of a protected folder; errors as `open_folder`.
+
+    Args:
+        path: The folder.
+        manifest: Its manifest.
+        identities: Tried in order.
+        recipients: What `read_recipients` returned, if it has been read already.
+    """
+    data = read_recipients(path) if recipients is None else recipients
     dek = open_recipients(data, identities, set_id=manifest.set_id, model_id=manifest.model_id)
     # The commitment in the signed manifest ties this key to this save: an old folder's recipients cannot be slipped in.
     if dek_commitment(dek, manifest.set_id) != manifest.dek_commitment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hf_wmguard import load_protected, verify
 from hf_wmguard.container.recipients import load_identity
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.evidence.manifest import STAGING_PREFIX, check_files, read_manifest
+from hf_wmguard.folders import locked
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.protect import ProtectedWriter
@@ -81,6 +83,20 @@ def test_two_saves_at_once_do_not_clear_each_other_away(guarded: Run, tmp_path: 
     check_files(tmp_path, manifest)
     assert torch.equal(read_state_dict(tmp_path, (load_identity(guarded.identity),))["a"], torch.ones(3))
     assert not list(tmp_path.glob(f"{STAGING_PREFIX}*"))
+
+
+def test_a_save_waits_for_who_changes_the_recipients(guarded: Run, tmp_path: Path) -> None:
+    assert guarded.config is not None
+    owner = OwnerKey.load(guarded.config.owner_key)
+    with ProtectedWriter(tmp_path, config=guarded.config, owner=owner) as writer:
+        writer.add({"a": torch.ones(3)}, writer.staging / "model.safetensors")
+        with locked(tmp_path):
+            thread = threading.Thread(target=writer.finish, kwargs={"state": "pending"})
+            thread.start()
+            thread.join(0.3)
+            assert [path for path in tmp_path.iterdir() if path.is_file()] == []
+        thread.join()
+    check_files(tmp_path, read_manifest(tmp_path)[0])
 
 
 def test_deep_copy_saves_its_own_weights(guarded: Run, tmp_path: Path) -> None:

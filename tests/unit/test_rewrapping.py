@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hf_wmguard.container.recipients import (
     Identity,
+    Stanza,
     WrapContext,
     X25519Identity,
     dek_commitment,
@@ -186,6 +190,63 @@ def test_two_at_once_both_count(folder: Path, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert all(opens(folder, one) for one in added)
+
+
+def test_a_save_that_comes_between_keeps_its_recipients(folder: Path, bert: X25519Identity, tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "other", ANNA, dek=b"o" * 32, set_id="0a" * 16)
+
+    class Slow:
+        """Whoever unwraps takes so long that the folder is another one afterwards."""
+
+        def unwrap(self, stanza: Stanza, context: WrapContext) -> bytes | None:
+            for path in other.iterdir():
+                shutil.copy(path, folder)
+            return ANNA.unwrap(stanza, context)
+
+    with pytest.raises(ManifestError, match="saved again meanwhile"):
+        rewrap(folder, identity=Slow(), add=[f"file:{tmp_path}/bert.pub"])
+    assert (folder / RECIPIENTS_NAME).read_bytes() == (other / RECIPIENTS_NAME).read_bytes()
+
+
+def test_what_is_authenticated_is_what_is_sealed_again(folder: Path, bert: X25519Identity, tmp_path: Path) -> None:
+    smuggled = bert.recipient().wrap(bytes(32), WrapContext(set_id="5e" * 16, model_id="acme/triage"))
+
+    class Slow:
+        """While it unwraps, somebody adds a stanza by hand."""
+
+        def unwrap(self, stanza: Stanza, context: WrapContext) -> bytes | None:
+            document = json.loads((folder / RECIPIENTS_NAME).read_bytes())
+            document["stanzas"] = [*document["stanzas"][:2], smuggled]
+            text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            (folder / RECIPIENTS_NAME).write_text(text)
+            return ANNA.unwrap(stanza, context)
+
+    write_new_file(tmp_path / "raw", bytes(range(32)), mode=0o600)
+    rewrap(folder, identity=Slow(), add=[f"rawkey:file:{tmp_path}/raw"])
+    assert smuggled["recipient"] not in names(folder)
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _endless(path: Path) -> None:
+    path.write_bytes(b" " * ((1 << 20) + 1))
+
+
+@pytest.mark.parametrize("make", [_fifo, Path.mkdir, _endless])
+def test_recipients_that_are_no_file(folder: Path, make: Callable[[Path], None]) -> None:
+    (folder / RECIPIENTS_NAME).unlink()
+    make(folder / RECIPIENTS_NAME)
+    manifest, _ = read_manifest(folder)
+    for read in (
+        lambda: rewrap(folder, identity=ANNA, remove=["x"]),
+        lambda: open_dek(folder, manifest, (ANNA,)),
+        lambda: list_recipients(folder),
+    ):
+        with pytest.raises(FormatError) as caught:
+            read()
+        assert caught.value.hint
 
 
 def test_a_reader_sees_the_old_or_the_new(folder: Path, bert: X25519Identity, tmp_path: Path) -> None:
