@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,7 +19,9 @@ from hf_wmguard.atomic import write_atomic
 from hf_wmguard.canonical import canonical_time
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.files import FileContext, FileRecord, ProtectedFile, is_protected, write_protected
+from hf_wmguard.container.format import DEK_BYTES
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
+from hf_wmguard.container.shards import INDEX_NAME, shard_number
 from hf_wmguard.errors import FormatError, NonFiniteWeightError
 from hf_wmguard.evidence.manifest import (
     RECIPIENTS_NAME,
@@ -48,12 +49,9 @@ from hf_wmguard.watermark.signature import CarrierKey, Reading, read_signature
 from hf_wmguard.watermark.triggers import TriggerSet
 
 State = Literal["pending", "ramping", "complete"]
-DEK_BYTES = 32
 # PyTorch has no isfinite for the 8-bit floats.
 _CHECKED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-_INDEX = "model.safetensors.index.json"
-_COVERED = ("config.json", "adapter_config.json", "generation_config.json", _INDEX)
+_COVERED = ("config.json", "adapter_config.json", "generation_config.json", INDEX_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,7 +285,7 @@ class ProtectedWriter:
         divert_unaware(self.staging / "config.json")
         if self._config.protection.hide_names:
             # It lists what is hidden.
-            (self.staging / _INDEX).unlink(missing_ok=True)
+            (self.staging / INDEX_NAME).unlink(missing_ok=True)
         # Whoever changes the recipients meanwhile would put those of the old save over the new ones.
         with locked(self._folder):
             self._publish()
@@ -326,12 +324,11 @@ class ProtectedWriter:
             # Ciphertext of the save that is being replaced; anything else is not ours to delete.
             if stale.name not in names and stale.is_file() and is_protected(stale):
                 stale.unlink()
-        if self._config.protection.hide_names or not any(_SHARD.search(name) for name in names):
-            (self._folder / _INDEX).unlink(missing_ok=True)
+        if self._config.protection.hide_names or not any(shard_number(name)[1] > 1 for name in names):
+            (self._folder / INDEX_NAME).unlink(missing_ok=True)
 
     def _context(self, name: str) -> FileContext:
-        shard = _SHARD.search(name)
-        index, total = (int(shard[1]), int(shard[2])) if shard else (1, 1)
+        index, total = shard_number(name)
         return FileContext(
             model_id=self._config.model_id,
             iteration=self._config.iteration,

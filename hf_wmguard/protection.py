@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_wmguard.atomic import write_atomic
-from hf_wmguard.canonical import canonical_json, canonical_time
+from hf_wmguard.canonical import canonical_time
 from hf_wmguard.container.files import FileContext, FileRecord, is_protected, write_protected
 from hf_wmguard.container.format import DEK_BYTES, PUBLIC_HEADER
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.plain import FileTensor, PlainFile
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
-from hf_wmguard.errors import FormatError, NotFoundError, UnsupportedError, UsageError
+from hf_wmguard.container.shards import INDEX_SUFFIX, SHARD, encode_index
+from hf_wmguard.errors import EnvironmentFault, FormatError, NotFoundError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
     MANIFEST_NAME,
@@ -39,8 +40,6 @@ Progress = Callable[[str, int], None]
 STAGING_PREFIX = ".wmguard-protect-"
 """A folder of this name holds ciphertext that is not finished, or was killed; the next run clears it away."""
 _SUFFIX = ".safetensors"
-_INDEX_SUFFIX = ".safetensors.index.json"
-_SHARD = re.compile(r"(.+?)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
 _OTHER_WEIGHTS = (WEIGHT_SUFFIXES | {".h5", ".msgpack", ".onnx"}) - {_SUFFIX}
 _KEYS = {".key", ".pem"}
 _NOT_COVERED = {"README.md"}
@@ -154,7 +153,7 @@ def protect_folder(
         options = {"suite": suite, "hide_names": hide_names, "threads": threads, "progress": progress}
         records = _encrypt(found, staging, dek, context, max_shard_bytes, options)
         if not hide_names:
-            _write_index(found, staging, records)
+            _write_index(staging, records)
         _copy_others(found, staging)
         divert_unaware(staging / "config.json")
         sealed = seal_recipients(dek, readers, set_id=context.set_id, model_id=context.model_id)
@@ -194,19 +193,25 @@ def _survey(folder: Path) -> _Input:
             )
         elif path.suffix.lower() == _SUFFIX:
             weights.append(name)
-        elif not name.endswith(_INDEX_SUFFIX):
+        elif not name.endswith(INDEX_SUFFIX):
             others.append(name)
     _check_weights(folder, weights)
     return _Input(folder=folder, weights=tuple(weights), others=tuple(others), left_out=tuple(left_out))
 
 
 def _visible(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=_refuse_unreadable):
         # Hidden files are a tool's own, or secrets such as .env.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+        # A link to a folder is not followed, but it is not passed over either.
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]  # noqa: PTH114, PTH118
+        for name in sorted((*names, *links)):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(root, name), folder)  # noqa: PTH118
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise EnvironmentFault(f"cannot look into {error.filename}: {error.strerror}", hint="check its permissions")
 
 
 def _check_weights(folder: Path, weights: list[str]) -> None:
@@ -223,7 +228,7 @@ def _check_weights(folder: Path, weights: list[str]) -> None:
 
 
 def _check_shards(folder: Path, weights: list[str]) -> None:
-    parts = [match.groups() for name in weights if (match := _SHARD.fullmatch(name))]
+    parts = [match.groups() for name in weights if (match := SHARD.fullmatch(name))]
     if len({(stem, total) for stem, _, total in parts}) > 1 or len(parts) != len(weights):
         raise UnsupportedError(
             f"{folder} holds {' and '.join(weights[:3])}, which are not the shards of one model",
@@ -241,8 +246,8 @@ def _encrypt(
     context: FileContext,
     max_shard_bytes: int | None,
     options: Mapping[str, Any],
-) -> dict[FileRecord, list[str]]:
-    """Write the ciphertext files; return the record of each, and the names of its tensors."""
+) -> dict[FileRecord, dict[str, int]]:
+    """Write the ciphertext files; return the record of each, and the sizes of its tensors in bytes."""
     with ExitStack() as stack:
         files = [stack.enter_context(PlainFile(found.folder / name)) for name in found.weights]
         _check_once(files)
@@ -257,7 +262,7 @@ def _encrypt(
                 metadata=_metadata(files, name),
                 **options,
             )
-            written[record] = list(tensors)
+            written[record] = {name: tensor.info().size_bytes for name, tensor in tensors.items()}
     return written
 
 
@@ -289,7 +294,7 @@ def _shards(files: list[PlainFile], max_shard_bytes: int | None) -> dict[str, di
                 filled = 0
             groups[-1][name] = tensor
             filled += size_bytes
-    match = _SHARD.fullmatch(files[0].path.name)
+    match = SHARD.fullmatch(files[0].path.name)
     stem = match[1] if match else "model"
     if len(groups) == 1:
         return {f"{stem}{_SUFFIX}": groups[0]}
@@ -300,15 +305,12 @@ def _metadata(files: list[PlainFile], name: str) -> dict[str, str]:
     return next((file.metadata for file in files if file.path.name == name), files[0].metadata)
 
 
-def _write_index(found: _Input, staging: Path, records: Mapping[FileRecord, list[str]]) -> None:
+def _write_index(staging: Path, records: Mapping[FileRecord, Mapping[str, int]]) -> None:
     """Write which tensor lies in which file, where there are several: transformers looks for it."""
     if len(records) < 2:
         return
-    match = _SHARD.fullmatch(found.weights[0])
-    weight_map = {tensor: record.name for record, tensors in records.items() for tensor in tensors}
-    total = sum((found.folder / name).stat().st_size for name in found.weights)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_atomic(staging / f"{match[1] if match else 'model'}{_INDEX_SUFFIX}", canonical_json(index))
+    name, data = encode_index({record.name: sizes for record, sizes in records.items()})
+    write_atomic(staging / name, data)
 
 
 def _copy_others(found: _Input, staging: Path) -> None:
@@ -323,8 +325,8 @@ def _copy_others(found: _Input, staging: Path) -> None:
 def _manifest(staging: Path, context: FileContext, dek: bytes, records: list[FileRecord]) -> Manifest:
     entries = [FileEntry(name=one.name, size_bytes=one.size_bytes, sha256=one.sha256) for one in records]
     names = {entry.name for entry in entries} | _NOT_COVERED
-    # Of files in folders nothing is said: a manifest names bare files.
-    entries += [digest_file(path) for path in staging.iterdir() if path.is_file() and path.name not in names]
+    others = {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
+    entries += [digest_file(path, name) for name, path in others.items() if name not in names]
     return Manifest(
         model_id=context.model_id,
         iteration=context.iteration,

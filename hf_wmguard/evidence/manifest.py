@@ -61,15 +61,18 @@ WEIGHT_SUFFIXES = frozenset({".bin", ".ckpt", ".distcp", ".gguf", ".pt", ".pth",
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
 
 
-def digest_file(path: Path) -> FileEntry:
+def digest_file(path: Path, name: str | None = None) -> FileEntry:
     """Return the manifest's entry for a file as it lies on the disk.
 
+    Args:
+        path: The file.
+        name: Its name in the manifest; by default that of the file, without its folder.
     Raises:
         NotFoundError: The file cannot be read.
         ManifestError: Its name cannot stand in a manifest.
     """
     sha256, size_bytes = _sha256(path, path.name, None)
-    return FileEntry(name=path.name, size_bytes=size_bytes, sha256=sha256)
+    return FileEntry(name=name or path.name, size_bytes=size_bytes, sha256=sha256)
 
 
 def write_manifest(folder: Path, manifest: Manifest, owner: OwnerKey) -> None:

@@ -29,6 +29,7 @@ MAX_FILE_BYTES = 1 << 53
 STATES = ("pending", "ramping", "complete")
 
 _MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 1024
 _MAX_TEXT_CHARACTERS = 256
 _HEX = re.compile(r"(?:[0-9a-f]{2}){8,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,7 +73,8 @@ class FileEntry:
     """One file that the manifest covers.
 
     Attributes:
-        name: A bare file name: no folder, no control or format character, at most 255 bytes.
+        name: A file in the folder, or in a subfolder (``1_Pooling/config.json``): no way out of the folder, no control
+            or format character, at most 255 bytes between slashes and 1024 in all.
         size_bytes: 0 to 2^53.
         sha256: 64 hex digits, of the file as it lies on the disk.
     Raises:
@@ -86,10 +88,13 @@ class FileEntry:
     def __post_init__(self) -> None:
         # A name is joined to a folder and opened: one that leaves the folder must not get so far. Backslash
         # and colon are separators elsewhere, and isprintable() also shuts out surrogates and bidi marks.
-        plain = self.name.isprintable() and not any(mark in self.name for mark in "/\\:")
+        plain = self.name.isprintable() and not any(mark in self.name for mark in "\\:")
         _require(
-            plain and self.name not in ("", ".", "..") and len(self.name.encode()) <= _MAX_NAME_BYTES,
-            f"{self.name[:100]!a} is not a bare file name",
+            plain
+            and all(part not in ("", ".", "..") for part in self.name.split("/"))
+            and all(len(part.encode()) <= _MAX_NAME_BYTES for part in self.name.split("/"))
+            and len(self.name.encode()) <= _MAX_PATH_BYTES,
+            f"{self.name[:100]!a} does not name a file in the folder",
         )
         _require(self.name not in (MANIFEST_NAME, ENVELOPE_NAME), f"{self.name} cannot cover itself")
         _require(0 <= self.size_bytes <= MAX_FILE_BYTES, f"{self.name} has {self.size_bytes} bytes")

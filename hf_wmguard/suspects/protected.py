@@ -73,7 +73,7 @@ def _check_plain_files(path: Path, manifest: Manifest) -> None:
     # Ciphertext authenticates itself chunk by chunk, but the config says what the weights mean: with other labels
     # or another architecture in it, authentic weights give another model.
     for entry in manifest.files:
-        if not entry.name.endswith(WEIGHT_SUFFIX) and digest_file(path / entry.name) != entry:
+        if not entry.name.endswith(WEIGHT_SUFFIX) and digest_file(path / entry.name, entry.name) != entry:
             raise ManifestError(
                 f"{entry.name} in {path} is not the file that was signed",
                 hint="it was changed after the save: fetch the folder again",
