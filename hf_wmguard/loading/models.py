@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from hf_wmguard.suspects.protected import OpenFolder, is_diverted, open_folder
 IDENTITY_VARIABLE = "WMGUARD_IDENTITY"
 SIGNER_VARIABLE = "WMGUARD_SIGNER"
 GENERATION_CONFIG = "generation_config.json"
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,17 +101,22 @@ def load_model(folder: Path, access: Access, load: Callable[..., Any], **kwargs:
         kwargs["config"] = kwargs.get("config") or str(folder)
         loaded = load(state_dict=tensors, **kwargs)
     # With output_loading_info it is a pair.
-    _finish(loaded[0] if isinstance(loaded, tuple) else loaded, folder, kwargs)
+    signed = {entry.name for entry in one.manifest.files}
+    _finish(loaded[0] if isinstance(loaded, tuple) else loaded, folder, signed, kwargs)
     return loaded
 
 
-def _finish(model: Any, folder: Path, kwargs: dict[str, Any]) -> None:
+def _finish(model: Any, folder: Path, signed: set[str], kwargs: dict[str, Any]) -> None:
     """Do what ``from_pretrained`` does with the folder's name, which it was not given."""
     if is_diverted(getattr(model.config, "transformers_weights", None)):
         del model.config.transformers_weights
     model.name_or_path = model.config.name_or_path = str(folder)
-    if kwargs.get("generation_config") is None and model.can_generate() and (folder / GENERATION_CONFIG).is_file():
+    if kwargs.get("generation_config") is not None or not model.can_generate():
+        return
+    if GENERATION_CONFIG in signed:
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    elif (folder / GENERATION_CONFIG).is_file():
+        _logger.warning("%s in %s is not used: the manifest does not list it", GENERATION_CONFIG, folder)
 
 
 def refuse_offload(kwargs: dict[str, Any]) -> None:
