@@ -34,7 +34,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("metrics",),
     ("protect", "rewrapping"),
     ("verdicts",),
-    ("verification", "embedding", "protection"),
+    ("verification", "embedding", "protection", "decryption"),
     ("loading",),
     ("training",),
     ("robustness",),

@@ -23,7 +23,7 @@ from hf_wmguard.cli.options import (
     RegistryOption,
     SignerOption,
 )
-from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report
+from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report, shown
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
@@ -171,20 +171,23 @@ def decrypt(
     as_json: JsonOption = False,
 ) -> None:
     """Write a protected folder's plaintext, explicitly, into a new folder."""
+    from hf_wmguard.decryption import decrypt_folder
     from hf_wmguard.evidence.manifest import read_manifest
-    from hf_wmguard.loading import decrypt_folder
 
     manifest, _ = read_manifest(protected)
     with byte_progress(
         sum(entry.size_bytes for entry in manifest.files if entry.name.endswith(".safetensors"))
     ) as advance:
-        files = decrypt_folder(protected, out, identity=identity, signer=signer, progress=advance)
+        done = decrypt_folder(protected, out, identity=identity, signer=signer, progress=advance)
     if as_json:
-        print_json({"out": str(out), "files": [file.name for file in files]})
-    else:
-        err.print(f"plaintext weights are now in {out}", style="yellow", markup=False, soft_wrap=True)
-        for file in files:
-            console.print(str(file), markup=False, highlight=False, soft_wrap=True)
+        print_json({"out": str(out), **done.to_json()})
+        return
+    err.print(f"plaintext weights are now in {out}", style="yellow", markup=False, soft_wrap=True)
+    for file in done.files:
+        console.print(str(file), markup=False, highlight=False, soft_wrap=True)
+    for names, what in ((done.unsigned, "copied, but signed by nobody"), (done.left_out, "signed by nobody, left out")):
+        if names:
+            err.print(f"{what}: {shown(names)}", markup=False, soft_wrap=True)
 
 
 app.command()(keygen)

@@ -1,4 +1,4 @@
-"""Plain safetensors files as a source of tensors: read piece by piece, never mapped, never whole in memory.
+"""Plain safetensors files, read and written piece by piece: never mapped, never whole in memory.
 
 Source: the safetensors format, https://huggingface.co/docs/safetensors (metadata parsing).
 """
@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
+from hf_wmguard.atomic import atomic_file
 from hf_wmguard.canonical import require_object
 from hf_wmguard.container.checks import reading
 from hf_wmguard.container.format import LENGTH_BYTES, METADATA
 from hf_wmguard.container.inner import DTYPE_BITS, TensorInfo
+from hf_wmguard.container.reading import ProtectedFile
 from hf_wmguard.container.source import open_file, read_exactly
 from hf_wmguard.errors import FormatError
 
 # What the safetensors library reads at most.
 MAX_PLAIN_HEADER_BYTES = 100_000_000
+_BLOCK_BYTES = 16 * 1024 * 1024
+_ALIGNMENT_BYTES = 8
 _ENTRY = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 
 
@@ -107,6 +111,40 @@ class PlainFile:
 
     def __repr__(self) -> str:
         return f"PlainFile({str(self.path)!r})"
+
+
+def write_plain(path: Path, file: ProtectedFile, *, progress: Callable[[str, int], None] | None = None) -> None:
+    """Write what a protected file holds as a plain one, whole or not at all; of plaintext 16 MiB are in memory.
+
+    Args:
+        path: The final name.
+        file: Any dtype that safetensors files have comes back.
+        progress: Called with the file's name and the plaintext bytes just written.
+    Raises:
+        AuthenticationError, FormatError: As `ProtectedFile.read_into`.
+        NotFoundError, EnvironmentFault: As `atomic_file`.
+    """
+    infos = {name: file.info(name) for name in file.names()}
+    # The widest first, as the safetensors library does it, so that every tensor lies aligned.
+    names = sorted(infos, key=lambda name: (-DTYPE_BITS[infos[name].dtype], name))
+    header: dict[str, object] = {METADATA: file.metadata or {"format": "pt"}}
+    stop = 0
+    for name in names:
+        start, stop = stop, stop + infos[name].size_bytes
+        info = infos[name]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    with atomic_file(path) as out:
+        out.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for name in names:
+            size_bytes = infos[name].size_bytes
+            # At least once: an empty tensor has a tag to check, too.
+            for at in range(0, max(size_bytes, 1), _BLOCK_BYTES):
+                block = file.read_range(name, at, min(size_bytes, at + _BLOCK_BYTES))
+                out.write(block)
+                if progress is not None:
+                    progress(path.name, len(block))
 
 
 def _damaged(path: Path, what: str) -> FormatError:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +11,19 @@ import transformers
 from cryptography.hazmat.primitives.asymmetric import ec
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_wmguard.container.files import ProtectedFile
-from hf_wmguard.container.recipients import Identity, load_identity
+from hf_wmguard.container.recipients import Identity
 from hf_wmguard.errors import ConfigError, FormatError, NotFoundError, UnsupportedError, UsageError
-from hf_wmguard.evidence.manifest import ENVELOPE_NAME, MANIFEST_NAME, RECIPIENTS_NAME
-from hf_wmguard.evidence.signing import load_signer
+from hf_wmguard.evidence.manifest import MANIFEST_NAME
 from hf_wmguard.loading.adapters import load_adapter
 from hf_wmguard.loading.models import Access, load_model, looks_protected, refuse_offload
 from hf_wmguard.suspects.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from hf_wmguard.suspects.protected import OPTIMIZER_NAME, open_folder, restore_config
+from hf_wmguard.suspects.protected import open_folder
 from hf_wmguard.suspects.tensors import read_tensor
 
-_OURS = (MANIFEST_NAME, ENVELOPE_NAME, RECIPIENTS_NAME)
 # What transformers lets through when a folder that somebody else made is damaged or hostile.
 _NOT_LOADABLE = (
     AttributeError,
@@ -152,58 +147,6 @@ def _model_class(auto_class: Any, config: Any) -> type[PreTrainedModel]:
     named = [one for one in classes if one.__name__ in (config.architectures or ())]
     chosen: type[PreTrainedModel] = (named or list(classes))[0]
     return chosen
-
-
-def decrypt_folder(
-    path: Path, out: Path, *, identity: str, signer: str | None = None, progress: Progress | None = None
-) -> tuple[Path, ...]:
-    """Write a protected folder's plaintext into a new folder, because somebody asked for exactly that.
-
-    Args:
-        path: The protected folder.
-        out: A folder that does not exist yet, or is empty.
-        identity: Reference to a private key that opens it.
-        signer: As for `load_protected`.
-        progress: Called with a tensor's name and its bytes.
-    Returns:
-        The plaintext weight files.
-    Raises:
-        UsageError: The output folder holds something, or is the input.
-        NotFoundError, ManifestError, AuthenticationError, FormatError: As `open_folder`.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty and is not overwritten", hint="choose a new folder")
-    if out.resolve().is_relative_to(path.resolve()):
-        raise UsageError(
-            f"{out} lies inside {path}",
-            hint="plaintext does not belong beside its ciphertext; choose another folder",
-        )
-    if not out.absolute().parent.is_dir():
-        raise NotFoundError(f"no folder {out.absolute().parent}", hint="create it first")
-    pinned = load_signer(signer) if signer else None
-    with open_folder(path, (load_identity(identity),), signer=pinned) as opened:
-        # Mode 0700 until it is complete: nobody else reads over our shoulder.
-        staging = Path(tempfile.mkdtemp(prefix=".wmguard-decrypt-", dir=out.absolute().parent))
-        try:
-            for file in opened.files:
-                tensors = {name: _read(file, name, progress) for name in file.names()}
-                save_file(tensors, staging / file.path.name, metadata=dict(file.metadata) or {"format": "pt"})
-            weights = {file.path.name for file in opened.files}
-            left = {*_OURS, *weights, OPTIMIZER_NAME}
-            if (path / OPTIMIZER_NAME).is_file():
-                # A note without the state that it is about, which only the owner opens.
-                left.add("optimizer.pt")
-            for other in sorted(path.iterdir()):
-                if other.is_file() and other.name not in left:
-                    shutil.copy2(other, staging / other.name)
-            restore_config(staging / "config.json")
-            if out.is_dir():
-                out.rmdir()
-            staging.rename(out)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    return tuple(sorted(out / name for name in weights))
 
 
 def load_suspect(path: Path, *, identity: str | Identity | None = None) -> tuple[Any, Any]:

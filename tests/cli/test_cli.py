@@ -424,16 +424,43 @@ def test_decrypt_as_json_into_an_empty_folder(wmguard: Command, guarded: Run, tm
     (tmp_path / "out").mkdir()
     done = wmguard("decrypt", guarded.final, tmp_path / "out", "--identity", guarded.identity, "--json")
     assert done.code == 0
-    assert json.loads(done.out) == {"out": str(tmp_path / "out"), "files": ["model.safetensors"]}
+    value = json.loads(done.out)
+    assert (value["out"], value["files"]) == (str(tmp_path / "out"), ["model.safetensors"])
+    assert "tokenizer.json" in value["unsigned"]
+    assert value["left_out"] == []
 
 
-@pytest.mark.parametrize("where", ["not empty", "a file", "inside", "itself"])
+def test_decrypt_names_what_nobody_signed(wmguard: Command, guarded: Run, tmp_path: Path) -> None:
+    shutil.copytree(guarded.final, tmp_path / "model")
+    (tmp_path / "model" / "modeling_\x1b[2J.py").touch()
+    done = wmguard("decrypt", tmp_path / "model", tmp_path / "out", "--identity", guarded.identity)
+    assert done.code == 0
+    copied, left = (line for line in done.err.splitlines() if "signed by nobody" in line)
+    assert "tokenizer.json" in copied
+    assert left == "signed by nobody, left out: 'modeling_\\x1b[2J.py'"
+
+
+@pytest.mark.parametrize("moment", ["hf_wmguard.decryption.shutil.copyfile", "hf_wmguard.decryption.write_plain"])
+def test_decrypt_on_a_full_disk(
+    moment: str, wmguard: Command, guarded: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(moment, full)
+    done = wmguard("decrypt", guarded.final, tmp_path / "out", "--identity", guarded.identity)
+    _is_error(done, 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["not empty", "a file", "inside", "itself", "a link"])
 def test_decrypt_refuses_the_folder(where: str, wmguard: Command, guarded: Run, tmp_path: Path) -> None:
     shutil.copytree(guarded.final, tmp_path / "model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
     (tmp_path / "file").touch()
-    out = {"not empty": "full", "a file": "file", "inside": "model/out", "itself": "model"}[where]
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    out = {"not empty": "full", "a file": "file", "inside": "model/out", "itself": "model", "a link": "link"}[where]
     before = sorted(tmp_path.rglob("*"))
     done = wmguard("decrypt", tmp_path / "model", tmp_path / out, "--identity", guarded.identity)
     _is_error(done, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -48,7 +49,8 @@ from hf_wmguard.errors import (
     UsageError,
     WmguardError,
 )
-from hf_wmguard.evidence.manifest import read_manifest
+from hf_wmguard.evidence.manifest import read_manifest, write_manifest
+from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import decrypt_folder
 from hf_wmguard.loading.lazy import LazyTensor
 from hf_wmguard.suspects.plaintext import PlaintextFinder
@@ -514,6 +516,35 @@ def test_a_decrypted_folder_is_plain_again(saved: Saved, tmp_path: Path) -> None
     decrypt_folder(saved.root / "lm", tmp_path / "out", identity=saved.identity)
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
     assert same(saved.models["lm"], AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def test_nothing_unsigned_steers_the_model(
+    saved: Saved, copied: Callable[[str], Path], native: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied("classifier")
+    make_model("causal_lm", 100).save_pretrained(tmp_path / "other")
+    lm = tmp_path / "bare"
+    model = make_model("causal_lm", 100)
+    save_protected(model, lm, saved.config)
+    owner = OwnerKey.load(saved.config.owner_key)
+    manifest, _ = read_manifest(lm)
+    entries = tuple(entry for entry in manifest.files if entry.name != "generation_config.json")
+    write_manifest(lm, dataclasses.replace(manifest, files=entries), owner)
+    (lm / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    for load in (AutoModelForCausalLM.from_pretrained, functools.partial(load_protected, auto_class=LlamaForCausalLM)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="hf_wmguard"):
+            assert load(lm).generation_config.max_new_tokens is None
+        assert "the manifest does not list it" in caplog.text
+    for name in ("modeling.py", ".env", "generation_config.json", "notes.txt"):
+        (folder / name).write_text("{}")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "config.json").write_text("{}")
+    done = decrypt_folder(folder, tmp_path / "out", identity=saved.identity, signer=saved.signer)
+    assert done.left_out == ("sub/", ".env", "generation_config.json", "modeling.py")
+    assert {"notes.txt", "tokenizer.json"} <= set(done.unsigned)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", *done.unsigned} == names
 
 
 def test_loading_writes_nothing(saved: Saved, native: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,22 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from hf_wmguard.container.inner import DTYPE_BITS
+from hf_wmguard.container.plain import PlainFile
 from hf_wmguard.container.recipients import generate_identity, load_identity
 from hf_wmguard.container.suites import CHACHA20_POLY1305
-from hf_wmguard.errors import AuthenticationError, FormatError, NotFoundError, UnsupportedError, UsageError
+from hf_wmguard.errors import (
+    AuthenticationError,
+    EnvironmentFault,
+    FormatError,
+    ManifestError,
+    NotFoundError,
+    UnsupportedError,
+    UsageError,
+)
 from hf_wmguard.evidence.manifest import check_files, read_manifest
 from hf_wmguard.keys import OwnerKey, write_key_pair
-from hf_wmguard.loading import load_protected
+from hf_wmguard.loading import decrypt_folder, load_protected
 from hf_wmguard.loading.protected import read_state_dict
 from hf_wmguard.protection import STAGING_PREFIX, parse_size, protect_folder
 
@@ -114,6 +124,53 @@ def test_no_plaintext_and_no_noise(model: Path, tmp_path: Path, identity: str, o
     assert "protected--load-with-hf_wmguard" in done.stderr.splitlines()[-1]
 
 
+def test_hidden_shards_are_plain_shards_again(model: Path, tmp_path: Path, identity: str) -> None:
+    protect_folder(model, tmp_path / "out", recipients=(f"{identity}.pub",), max_shard_bytes=20_000, hide_names=True)
+    done = decrypt_folder(tmp_path / "out", tmp_path / "plain", identity=identity)
+    assert len(done.files) > 1
+    assert_same(weights_of(tmp_path / "plain"), weights_of(model))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert_same(loaded.state_dict(), AutoModelForSequenceClassification.from_pretrained(model).state_dict())
+
+
+def test_subfolders_are_signed_and_come_back(model: Path, tmp_path: Path, identity: str, owner_file: Path) -> None:
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    out = tmp_path / "out"
+    protect_folder(model, out, recipients=(f"{identity}.pub",), owner_key=f"file:{owner_file}")
+    assert "1_Pooling/config.json" in {entry.name for entry in read_manifest(out)[0].files}
+    done = decrypt_folder(out, tmp_path / "plain", identity=identity, signer=f"file:{owner_file}.pub")
+    assert (done.unsigned, done.left_out) == (("README.md",), ())
+    names = [
+        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        for folder in (model, tmp_path / "plain")
+    ]
+    assert names[0] == names[1]
+    (out / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token":  false}')
+    with pytest.raises(ManifestError, match="1_Pooling"):
+        read_state_dict(out, (load_identity(identity),))
+
+
+def test_folders_that_cannot_be_walked_are_refused(
+    model: Path, tmp_path: Path, identity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "linked").symlink_to(tmp_path)
+    with pytest.raises(UnsupportedError, match="linked"):
+        protect_folder(model, tmp_path / "out", recipients=(f"{identity}.pub",))
+    (model / "linked").unlink()
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if Path(path).name == "extra":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(EnvironmentFault, match="cannot look into"):
+        protect_folder(model, tmp_path / "out", recipients=(f"{identity}.pub",))
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_an_owner(model: Path, tmp_path: Path, identity: str) -> None:
     result = protect_folder(model, tmp_path / "out", recipients=(f"{identity}.pub",))
     assert not result.pinned
@@ -140,6 +197,28 @@ def test_bytes_of_any_dtype(tmp_path: Path, identity: str) -> None:
     assert {name: t.double().tolist() for name, t in got.items()} == {
         n: t.double().tolist() for n, t in tensors.items()
     }
+
+
+def test_every_dtype_comes_back_byte_for_byte(tmp_path: Path, identity: str) -> None:
+    folder, entries, data = tmp_path / "model", {}, b""
+    folder.mkdir()
+    for number, (dtype, bits) in enumerate(sorted(DTYPE_BITS.items())):
+        tensor = bytes(range(number, number + bits))
+        span = [len(data), len(data) + bits]
+        entries[dtype], data = {"dtype": dtype, "shape": [2, 4], "data_offsets": span}, data + tensor
+    entries["empty"] = {"dtype": "F4", "shape": [0, 3], "data_offsets": [len(data), len(data)]}
+    (folder / "model.safetensors").write_bytes(header({"__metadata__": {"made": "by hand"}, **entries}) + data)
+    protect_folder(folder, tmp_path / "out", recipients=(f"{identity}.pub",), hide_names=True)
+    decrypt_folder(tmp_path / "out", tmp_path / "plain", identity=identity)
+    with PlainFile(tmp_path / "plain" / "model.safetensors") as file:
+        assert file.metadata == {"made": "by hand"}
+        assert file.tensors.keys() == entries.keys()
+        for name, entry in entries.items():
+            start, stop = entry["data_offsets"]
+            info = file.tensors[name].info()
+            assert (info.dtype, list(info.shape)) == (entry["dtype"], entry["shape"])
+            got = file.tensors[name].part(0, stop - start, memoryview(bytearray(64)))
+            assert bytes(got) == data[start:stop]
 
 
 def spoil(name: str, data: bytes = b"x") -> Callable[[Path], None]:
