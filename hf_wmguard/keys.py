@@ -58,7 +58,7 @@ def read_reference(ref: str, *, what: str, private: bool) -> bytes:
         KeyFormatError: The file is larger than any key, or the variable is not base64.
     """
     if ref.startswith("file:"):
-        return _read_key_file(Path(ref.removeprefix("file:")).expanduser(), what=what, private=private)
+        return _read_key_file(_expanded(Path(ref.removeprefix("file:")), what), what=what, private=private)
     if ref.startswith("env:"):
         name = ref.removeprefix("env:")
         value = os.environ.get(name)
@@ -78,6 +78,13 @@ def read_reference(ref: str, *, what: str, private: bool) -> bytes:
         f"{what}: not a key reference; expected one of {', '.join(_SCHEMES)}",
         hint="write file:PATH or env:NAME, never the key itself",
     )
+
+
+def _expanded(path: Path, what: str) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise NotFoundError(f"{what}: no home folder for {path.parts[0]}", hint="write the whole path") from None
 
 
 def _read_key_file(path: Path, *, what: str, private: bool) -> bytes:

@@ -29,7 +29,7 @@ from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
 from hf_wmguard.cli.stress import stress
 from hf_wmguard.container.asking import asking
-from hf_wmguard.errors import WmguardError
+from hf_wmguard.errors import EnvironmentFault, WmguardError
 from hf_wmguard.hardening import switch_off_core_dumps
 
 _INTERRUPTED = 130
@@ -208,6 +208,11 @@ def main() -> None:
     except WmguardError as error:
         _complain(error.message, error.hint)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # The system's own words and no more: those of a library may quote what it was given.
+        where = f"{shown([str(error.filename)])}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or type(error).__name__}", "check the path, its permissions and free space")
+        sys.exit(EnvironmentFault.exit_code)
 
 
 def _complain(message: str, hint: str) -> None:

@@ -48,7 +48,7 @@ def protect(
     """Encrypt a finished model for its recipients; weights are streamed, and plaintext is never written."""
     from hf_wmguard.protection import parse_size, protect_folder
 
-    total = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in model_dir.glob("*.safetensors") if path.is_file())
     with byte_progress(total) as advance:
         result = protect_folder(
             model_dir,

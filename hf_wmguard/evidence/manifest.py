@@ -111,13 +111,13 @@ def read_manifest(folder: Path, *, signer: ec.EllipticCurvePublicKey | None = No
 
 
 def _read_limited(path: Path, limit_bytes: int) -> bytes:
-    # is_file() first: opening a FIFO would wait for a writer.
-    if not path.is_file():
-        raise NotFoundError(
-            f"no {path.name} in {path.parent}",
-            hint="point at a protected folder, or fetch it again: a part is missing",
-        )
     try:
+        # is_file() first: opening a FIFO would wait for a writer.
+        if not path.is_file():
+            raise NotFoundError(
+                f"no {path.name} in {path.parent}",
+                hint="point at a protected folder, or fetch it again: a part is missing",
+            )
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
     except OSError as error:

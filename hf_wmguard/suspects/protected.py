@@ -103,7 +103,7 @@ def is_diverted(value: object) -> bool:
 def _set_weights(config_file: Path, name: str | None) -> None:
     try:
         config = json.loads(config_file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     if not isinstance(config, dict) or config.get(_WEIGHTS_KEY) == name:
         return

@@ -492,6 +492,36 @@ def test_decrypt_that_fails_leaves_nothing(fault: str, wmguard: Command, guarded
 # all of them
 
 
+def _closed(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied", "some/file")
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "decrypt", "rewrap", "protect"])
+def test_what_the_system_refuses_is_one_line(
+    command: str, wmguard: Command, guarded: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "verify": _where(guarded),
+        "inspect": [],
+        "decrypt": [tmp_path / "out", "--identity", guarded.identity],
+        "rewrap": ["--identity", guarded.identity, "--remove", "x"],
+        "protect": [tmp_path / "out", "--recipient", f"{guarded.identity}.pub"],
+    }[command]
+    _is_error(wmguard(command, "x" * 300, *more), 4)
+    # The tests may run as root, whom no permission stops.
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", _closed)
+        patch.setattr(Path, "is_dir", _closed)
+        _is_error(wmguard(command, guarded.final, *more), 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_is_none(wmguard: Command, guarded: Run, tmp_path: Path) -> None:
+    done = wmguard("decrypt", guarded.final, tmp_path / "out", "--identity", "file:~nosuchuser/x")
+    _is_error(done, 4)
+    assert "~nosuchuser" in done.err
+
+
 def test_names_are_not_markup(wmguard: Command, guarded: Run, tmp_path: Path) -> None:
     # Somebody else names the suspect: [/red] would end a style that never began, which is an exception in rich.
     folder, out, key = tmp_path / "a[/red]", tmp_path / "b[/red]", tmp_path / "c[/red]"
