@@ -19,8 +19,8 @@ from hf_wmguard.container.format import DEK_BYTES, PUBLIC_HEADER
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.plain import FileTensor, PlainFile
 from hf_wmguard.container.recipients import X25519Identity, dek_commitment, load_recipient, seal_recipients
-from hf_wmguard.container.shards import INDEX_SUFFIX, SHARD, encode_index
-from hf_wmguard.errors import EnvironmentFault, FormatError, NotFoundError, UnsupportedError, UsageError
+from hf_wmguard.container.shards import INDEX_NAME, INDEX_SUFFIX, SHARD, encode_index
+from hf_wmguard.errors import EnvironmentFault, FormatError, ManifestError, NotFoundError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
     MANIFEST_NAME,
@@ -157,7 +157,8 @@ def protect_folder(
         _copy_others(found, staging)
         divert_unaware(staging / "config.json")
         sealed = seal_recipients(dek, readers, set_id=context.set_id, model_id=context.model_id)
-        manifest = _manifest(staging, context, dek, list(records))
+        commitment = dek_commitment(dek, context.set_id)
+        manifest = _manifest(context, commitment, _entries(staging, list(records)))
         write_atomic(staging / RECIPIENTS_NAME, sealed)
         write_manifest(staging, manifest, owner)
     return Protected(
@@ -252,6 +253,8 @@ def _encrypt(
         files = [stack.enter_context(PlainFile(found.folder / name)) for name in found.weights]
         _check_once(files)
         shards = _shards(files, max_shard_bytes)
+        more = [] if len(shards) == 1 or options["hide_names"] else [INDEX_NAME]
+        _check_names(context, [*shards, *found.others, *more])
         written = {}
         for index, (name, tensors) in enumerate(sorted(shards.items()), start=1):
             record = write_protected(
@@ -264,6 +267,18 @@ def _encrypt(
             )
             written[record] = {name: tensor.info().size_bytes for name, tensor in tensors.items()}
     return written
+
+
+def _check_names(context: FileContext, names: list[str]) -> None:
+    """Refuse, before a byte is written, what the manifest at the end could not hold."""
+    try:
+        entries = [FileEntry(name=name, size_bytes=0, sha256="0" * 64) for name in names]
+        _manifest(context, "0" * 64, entries)
+    except ManifestError as error:
+        raise UsageError(
+            error.message.removeprefix("manifest: "),
+            hint="choose another --model-id or --iteration, rename the file, or write larger shards",
+        ) from None
 
 
 def _check_once(files: list[PlainFile]) -> None:
@@ -322,11 +337,14 @@ def _copy_others(found: _Input, staging: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _manifest(staging: Path, context: FileContext, dek: bytes, records: list[FileRecord]) -> Manifest:
+def _entries(staging: Path, records: list[FileRecord]) -> list[FileEntry]:
     entries = [FileEntry(name=one.name, size_bytes=one.size_bytes, sha256=one.sha256) for one in records]
     names = {entry.name for entry in entries} | _NOT_COVERED
     others = {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
-    entries += [digest_file(path, name) for name, path in others.items() if name not in names]
+    return entries + [digest_file(path, name) for name, path in others.items() if name not in names]
+
+
+def _manifest(context: FileContext, commitment: str, entries: list[FileEntry]) -> Manifest:
     return Manifest(
         model_id=context.model_id,
         iteration=context.iteration,
@@ -335,7 +353,7 @@ def _manifest(staging: Path, context: FileContext, dek: bytes, records: list[Fil
         step=None,
         state="complete",
         files=tuple(sorted(entries, key=lambda entry: entry.name)),
-        dek_commitment=dek_commitment(dek, context.set_id),
+        dek_commitment=commitment,
         commitment=None,
         commitment_time=None,
         signature=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,31 @@ def test_hidden_and_sharded(wmguard: Any, model: Path, tmp_path: Path, reader: P
     shown = json.loads(wmguard("inspect", tmp_path / "out", "--json").out)["headers"]
     for header in shown.values():
         assert (header["suite"], header["tensors"]) == ("ChaCha20-Poly1305", {})
+
+
+def test_odd_inputs(wmguard: Any, model: Path, tmp_path: Path, reader: Path) -> None:
+    to = ("--recipient", f"file:{reader}.pub")
+    (model / "config.json").write_text("[" * 100_000)
+    assert wmguard("protect", model, tmp_path / "deep", *to).code == 0
+    (model / "other.safetensors").symlink_to(tmp_path / "none")
+    done = wmguard("protect", model, tmp_path / "out", *to)
+    assert done.code == 2
+    assert "no ordinary file" in done.err
+    (model / "other.safetensors").unlink()
+    (model / "config.json").write_text("{}")
+    named = tmp_path / "a\nb"
+    shutil.copytree(model, named)
+    for arguments in (
+        (model, "--model-id", "x" * 300),
+        (model, "--model-id", "\x1b[2J"),
+        (model, "--iteration", "x" * 300),
+        (named,),
+    ):
+        done = wmguard("protect", arguments[0], tmp_path / "out", *to, *arguments[1:])
+        assert (done.code, [line.split(" ")[0] for line in done.err.splitlines()]) == (2, ["error:", "hint:"])
+    (model / "a:b.json").write_text("{}")
+    assert wmguard("protect", model, tmp_path / "out", *to).code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_suites_are_those_of_the_container() -> None:

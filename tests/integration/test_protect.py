@@ -31,6 +31,7 @@ from hf_wmguard.errors import (
     UsageError,
 )
 from hf_wmguard.evidence.manifest import check_files, read_manifest
+from hf_wmguard.evidence.records import MAX_FILES
 from hf_wmguard.keys import OwnerKey, write_key_pair
 from hf_wmguard.loading import decrypt_folder, load_protected
 from hf_wmguard.loading.protected import read_state_dict
@@ -331,6 +332,24 @@ def test_of_two_runs_at_once_one_wins(model: Path, tmp_path: Path, identity: str
     assert manifest.set_id == won[0].set_id
     assert sorted(path.name for path in out.glob("*.safetensors")) == list(won[0].files)
     assert not list(tmp_path.glob(f"{STAGING_PREFIX}*"))
+
+
+@pytest.mark.parametrize("change", [{"model_id": "\x1b[2J"}, {"iteration": "x" * 300}, {"max_shard_bytes": 4}])
+def test_what_no_manifest_can_hold_is_refused_first(tmp_path: Path, identity: str, change: dict[str, object]) -> None:
+    (tmp_path / "model").mkdir()
+    tensors = {str(number): torch.zeros(1) for number in range(MAX_FILES + 1)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    seen: list[str] = []
+    with pytest.raises(UsageError, match=r"model_id|iteration|10001 files") as caught:
+        protect_folder(
+            tmp_path / "model",
+            tmp_path / "out",
+            recipients=(f"{identity}.pub",),
+            progress=lambda name, count: seen.append(name),
+            **change,
+        )
+    assert caught.value.hint
+    assert seen == []
 
 
 def test_sizes() -> None:
