@@ -23,6 +23,13 @@ DTYPES = [
     torch.int8,
     torch.uint8,
     torch.bool,
+    torch.uint64,
+    torch.uint32,
+    torch.uint16,
+    torch.complex64,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
 ]
 
 
@@ -39,10 +46,11 @@ def test_round_trip(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     again = decode(data.dtype, data.shape, bytearray(data.view()))
     assert again.dtype == dtype
     assert again.shape == tensor.shape
-    assert torch.equal(again.view(torch.uint8) if shape else again, tensor.view(torch.uint8) if shape else tensor)
+    assert encode("w", again).view() == data.view()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# The library of safetensors knows F8_E8M0, but does not yet write it from torch.
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float8_e8m0fnu], ids=str)
 def test_names_and_bytes_are_those_of_safetensors(dtype: torch.dtype) -> None:
     tensor = example(dtype, 3, 5)
     data, file = encode("w", tensor), save({"w": tensor})
@@ -65,8 +73,8 @@ def test_gradients_stay_behind() -> None:
 
 
 def test_a_dtype_that_files_do_not_have() -> None:
-    with pytest.raises(UnsupportedError, match="complex64"):
-        encode("w", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(UnsupportedError, match="complex128"):
+        encode("w", torch.zeros(2, dtype=torch.complex128))
 
 
 @pytest.mark.parametrize(
@@ -102,4 +110,4 @@ def test_bytes_come_when_they_are_asked_for(tensor: Tensor) -> None:
         tensor[0] = 7
         assert bytes(view[:4]) == bytes(encode("w", tensor).view()[:4])
     with pytest.raises(UnsupportedError, match="dtype"):
-        Encoded({"w": torch.zeros(2, dtype=torch.complex64)})["w"]
+        Encoded({"w": torch.zeros(2, dtype=torch.complex128)})["w"]
