@@ -15,7 +15,7 @@ from hf_wmguard.container.format import FileContext, open_header
 from hf_wmguard.container.inner import TensorInfo
 from hf_wmguard.container.layout import Extent, aligned, lay_out
 from hf_wmguard.container.memory import Memory, wipe
-from hf_wmguard.container.source import open_file, read_exactly, read_header
+from hf_wmguard.container.source import closed_error, open_file, read_exactly, read_header
 from hf_wmguard.container.stream import TAG_BYTES
 from hf_wmguard.container.suites import cipher_of
 from hf_wmguard.container.workers import Queue, share_out, thread_count
@@ -289,6 +289,9 @@ class ProtectedFile:
             if not whole and begin < end:
                 target.out[begin - target.start : end - target.start] = plain[begin - start : end - start]
         except InvalidTag:
+            if self._file.closed:
+                # Its descriptor may be another file's by now: what was read says nothing of this one.
+                raise closed_error(self._path) from None
             raise AuthenticationError(
                 f"{self._path.name}: {_named(stream.name)}, chunk {chunk}/{stream.count} is not authentic",
                 hint="the file was changed or damaged; fetch it again from a source you trust",

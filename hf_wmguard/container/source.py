@@ -70,13 +70,21 @@ def read_exactly(file: FileIO, path: Path, buffer: memoryview, offset: int) -> N
         FormatError: It ends before the buffer is full.
         EnvironmentFault: The system failed to read it.
     """
-    if file.closed:
-        raise UsageError(f"{path.name} is closed", hint="read inside the with block")
     while buffer:
+        if file.closed:
+            raise closed_error(path)
         try:
             count = os.preadv(file.fileno(), [buffer], offset)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            # Another thread may have closed it since: then it is not the disk.
+            if file.closed or isinstance(error, ValueError):
+                raise closed_error(path) from None
             raise EnvironmentFault(f"cannot read {path}: {error.strerror}", hint="check the disk") from error
         if count == 0:
             raise FormatError(f"{path.name}: the file ended early", hint="it was cut; fetch it again")
         buffer, offset = buffer[count:], offset + count
+
+
+def closed_error(path: Path) -> UsageError:
+    """Return what is raised where a file that is closed is read."""
+    return UsageError(f"{path.name} is closed", hint="read inside the with block, and close it after the last thread")

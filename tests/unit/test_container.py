@@ -204,6 +204,36 @@ def test_usage_of_an_open_file(path: Path) -> None:
 # What is written
 
 
+@pytest.mark.parametrize("moment", ["before a read", "after a part of one"])
+def test_closed_while_another_thread_reads(path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ProtectedFile(path, dek=DEK)
+    preadv = os.preadv
+
+    def close_and_read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if moment == "before a read":
+            file.close()
+            return preadv(descriptor, buffers, offset)
+        count = preadv(descriptor, [buffers[0][:1]], offset)
+        file.close()
+        return count
+
+    monkeypatch.setattr(os, "preadv", close_and_read)
+    with pytest.raises(UsageError, match="is closed"):
+        file.read_all()
+
+
+def test_what_is_read_once_a_file_was_closed_says_nothing_of_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ProtectedFile(path, dek=DEK)
+
+    def another_file(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        file.close()
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", another_file)
+    with pytest.raises(UsageError, match="is closed"):
+        file.read(file.names()[0])
+
+
 def test_record_is_of_the_whole_file(tmp_path: Path) -> None:
     record = write(tmp_path / "f")
     data = (tmp_path / "f").read_bytes()
