@@ -22,6 +22,7 @@ from hf_wmguard.container.recipients import (
     load_identity,
     load_recipient,
 )
+from hf_wmguard.container.x25519 import X25519_KIND
 from hf_wmguard.errors import ManifestError, UsageError
 from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, read_manifest
 from hf_wmguard.evidence.signing import load_signer
@@ -36,7 +37,8 @@ class Rewrapped:
     Args:
         added: Names (``key_id``) of the new recipients.
         removed: Names of those that were taken out.
-        recipients: Kind and name of each, in the file's order; the owner is the first, unless it was removed.
+        recipients: Kind and name of each, in the file's order; the owner is the first, where a save has one and it was
+            not removed.
     """
 
     added: tuple[str, ...]
@@ -71,10 +73,10 @@ def rewrap(
         identity: Reference to a key that opens it, or the key itself.
         add: References to new recipients.
         remove: References to recipients, or their names as `list_recipients` gives them.
-        remove_owner: Whether the owner, the first of the list, may be removed.
+        remove_owner: Whether the first of the list may be removed, who is the owner where there is one.
         signer: Reference to the owner's public key that must have signed the manifest.
     Raises:
-        UsageError: Nothing to do, a recipient to remove that there is not, the owner, or the last one.
+        UsageError: Nothing to do, a recipient to remove that there is not, the first or the last one.
         NotFoundError, ManifestError, AuthenticationError, FormatError: As `open_folder`.
         ManifestError: Somebody who does not wait for us replaced the save meanwhile.
         KeyServiceError: A service that must wrap or unwrap does not answer.
@@ -112,10 +114,12 @@ def _named(file: RecipientsFile, remove: Sequence[str], *, remove_owner: bool) -
                 f"{name} is no recipient of this folder",
                 hint="wmguard inspect lists them; names can be removed",
             )
-    if present[0] in names and not remove_owner:
+    # Nothing says who the owner is, but an owner is a key pair, and comes first.
+    first = file.stanzas[0]
+    if first["recipient"] in names and first["kind"] == X25519_KIND and not remove_owner:
         raise UsageError(
-            "this would remove the owner: the first recipient of a save",
-            hint="pass --remove-owner if the owner must not open it any more",
+            "this would remove the first recipient, who is the owner unless the save was made without one",
+            hint="pass --remove-owner if nobody is the owner, or the owner must not open it any more",
         )
     return names
 

@@ -115,13 +115,21 @@ def test_who_is_there_already_keeps_the_stanza(folder: Path, bert: X25519Identit
 
 def test_the_owner_stays_unless_told(folder: Path) -> None:
     owner = names(folder)[0]
-    with pytest.raises(UsageError, match="remove the owner"):
+    with pytest.raises(UsageError, match="who is the owner unless"):
         rewrap(folder, identity=ANNA, remove=[owner])
     rewrap(folder, identity=ANNA, remove=[owner], remove_owner=True)
     assert names(folder) == [ANNA.recipient().key_id]
     with pytest.raises(UsageError, match="last recipient"):
         rewrap(folder, identity=ANNA, remove=names(folder), remove_owner=True)
     assert opens(folder, ANNA)
+
+
+def test_a_key_that_no_owner_has_is_no_owners(folder: Path, tmp_path: Path) -> None:
+    raw = RawKey(bytes(range(32)))
+    sealed = seal_recipients(DEK, [raw, ANNA.recipient()], set_id="5e" * 16, model_id="acme/triage")
+    (folder / RECIPIENTS_NAME).write_bytes(sealed)
+    rewrap(folder, identity=ANNA, remove=[raw.key_id])
+    assert names(folder) == [ANNA.recipient().key_id]
 
 
 def test_what_is_refused_changes_nothing(folder: Path, bert: X25519Identity, tmp_path: Path) -> None:
