@@ -289,7 +289,7 @@ def _check_once(files: list[PlainFile]) -> None:
         for name in file.tensors:
             if name in seen:
                 raise FormatError(
-                    f"{name} lies in both {seen[name]} and {file.path.name}: which one is loaded is chance",
+                    f"{name!r} lies in both {seen[name]} and {file.path.name}: which one is loaded is chance",
                     hint="save the model again",
                 )
             seen[name] = file.path.name

@@ -23,7 +23,7 @@ from hf_wmguard.cli.options import (
     RegistryOption,
     SignerOption,
 )
-from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report, shown
+from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report, printable, shown
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
@@ -210,12 +210,13 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         # The system's own words and no more: those of a library may quote what it was given.
-        where = f"{shown([str(error.filename)])}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else ""
         _complain(f"{where}{error.strerror or type(error).__name__}", "check the path, its permissions and free space")
         sys.exit(EnvironmentFault.exit_code)
 
 
 def _complain(message: str, hint: str) -> None:
-    err.print(f"error: {message}", style="red", markup=False, soft_wrap=True, highlight=False)
+    # Names in a message may be a stranger's.
+    err.print(f"error: {printable(message)}", style="red", markup=False, soft_wrap=True, highlight=False)
     if hint:
-        err.print(f"hint: {hint}", markup=False, soft_wrap=True, highlight=False)
+        err.print(f"hint: {printable(hint)}", markup=False, soft_wrap=True, highlight=False)

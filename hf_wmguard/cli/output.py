@@ -41,6 +41,11 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(name if name.isprintable() else ascii(name) for name in names)
 
 
+def printable(text: str) -> str:
+    """Return a text in which nothing moves a terminal's cursor or ends the line: such characters are escaped."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON object on one line of stdout."""
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")

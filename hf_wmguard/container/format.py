@@ -390,8 +390,8 @@ def _decode_size(name: str, value: object, chunk_bytes: int) -> int:
     entry = require_object(value, {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}, "tensor entry")
     shape = entry["shape"]
     if len(shape) != 1 or type(shape[0]) is not int:
-        raise FormatError(f"{name}: not a 1-D blob", hint="the file is damaged or is not protected")
+        raise FormatError(f"{name!r}: not a 1-D blob", hint="the file is damaged or is not protected")
     size_bytes = plaintext_bytes(shape[0], chunk_bytes)
     if size_bytes is None or size_bytes > MAX_TENSOR_BYTES:
-        raise FormatError(f"{name}: no tensor has a blob of this size", hint="the file is damaged")
+        raise FormatError(f"{name!r}: no tensor has a blob of this size", hint="the file is damaged")
     return size_bytes

@@ -79,8 +79,8 @@ def decode_inner(plaintext: bytes) -> tuple[dict[str, TensorInfo], dict[str, str
     for name, value in document["tensors"].items():
         entry = require_object(value, {"dtype": (str,), "shape": (list,), "size_bytes": (int,)}, "inner header entry")
         if any(type(size) is not int for size in entry["shape"]):
-            raise FormatError(f"{name}: the shape is not a list of integers", hint="write the file again")
-        with reading(name):
+            raise FormatError(f"{name!r}: the shape is not a list of integers", hint="write the file again")
+        with reading(repr(name)):
             tensors[name] = TensorInfo(
                 dtype=entry["dtype"], shape=tuple(entry["shape"]), size_bytes=entry["size_bytes"]
             )

@@ -45,8 +45,8 @@ def _put_on(base: Any, config: PeftConfig, tensors: dict[str, Tensor], folder: P
     # Both ways: an adapter of which a part stays as it was initialised is another model than the one that was saved.
     expected = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False).keys()
     if missing := sorted(expected - tensors.keys()):
-        raise FormatError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more", hint="is this the right base?")
+        raise FormatError(f"{folder} lacks {missing[0]!r} and {len(missing) - 1} more", hint="is this the right base?")
     result: Any = set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
     if result.unexpected_keys:
-        raise FormatError(f"{folder} holds {result.unexpected_keys[0]}, which base lacks", hint="use the right base")
+        raise FormatError(f"{folder} holds {result.unexpected_keys[0]!r}, which base lacks", hint="use the right base")
     return model.eval()

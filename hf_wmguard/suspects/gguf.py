@@ -95,7 +95,7 @@ class Gguf(Suspect):
         for name, info in header.tensors.items():
             if name in self._tensors:
                 raise FormatError(
-                    f"{path} holds {name}, as another file does", hint="give one of the files, not their folder"
+                    f"{path} holds {name!r}, as another file does", hint="give one of the files, not their folder"
                 )
             if self._can_dequantize(info.kind):
                 self._tensors[name] = (data, info)

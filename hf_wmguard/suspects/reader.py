@@ -103,7 +103,7 @@ def _open_files(
     for file in files:
         for name, tensor in load_pickle(file).items():
             if name in tensors:
-                raise FormatError(f"{file} holds {name}, as another file does", hint=_ONE_FILE)
+                raise FormatError(f"{file} holds {name!r}, as another file does", hint=_ONE_FILE)
             tensors[name] = tensor
     return InMemory(tensors, config), {}
 
@@ -121,7 +121,7 @@ def _open_safetensors(
         ours += [file] if PUBLIC_HEADER in own else []
         for name in handle.keys():  # noqa: SIM118
             if name in handles:
-                raise FormatError(f"{file} holds {name}, as another file does", hint=_ONE_FILE)
+                raise FormatError(f"{file} holds {name!r}, as another file does", hint=_ONE_FILE)
             handles[name] = handle
     sizes = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}
     # Blobs under our own header: ciphertext that was damaged. A stranger's file that only claims to be ours has

@@ -148,7 +148,7 @@ def find_shards(folder: Path) -> Shards:
         for name, place in _read_places(file).items():
             if name in places:
                 raise FormatError(
-                    f"{name} lies in both {places[name].file} and {place.file}: which one is loaded is chance",
+                    f"{name!r} lies in both {places[name].file} and {place.file}: which one is loaded is chance",
                     hint="save the model again",
                 )
             places[name] = place
@@ -188,7 +188,7 @@ def _check_index(folder: Path, places: Mapping[str, Place]) -> None:
     for name, file in weight_map.items():
         if name not in places or places[name].file != file:
             raise FormatError(
-                f"{INDEX} says that {name} lies in {file}, which does not hold it", hint="fetch the folder again"
+                f"{INDEX} says that {name!r} lies in {file!r}, which does not hold it", hint="fetch the folder again"
             )
 
 

@@ -516,6 +516,14 @@ def test_what_the_system_refuses_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_of_strangers_do_not_move_the_cursor(wmguard: Command, guarded: Run, tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({"a\x1b[2J\nhint: b": torch.ones(2, 2)}, tmp_path / f"{number}.safetensors")
+    done = wmguard("verify", tmp_path, *_where(guarded))
+    _is_error(done, 3)
+    assert "a\\x1b[2J\\nhint: b" in done.err
+
+
 def test_a_home_that_is_none(wmguard: Command, guarded: Run, tmp_path: Path) -> None:
     done = wmguard("decrypt", guarded.final, tmp_path / "out", "--identity", "file:~nosuchuser/x")
     _is_error(done, 4)

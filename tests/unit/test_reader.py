@@ -221,7 +221,7 @@ def test_a_folder_of_other_names(write: Any, suffix: str, tmp_path: Path) -> Non
         assert torch.equal(suspect.rows("layers.1.w", 2, 3), tensors["layers.1.w"][2:5])
         assert set(suspect.shapes()) == set(tensors)
     write({"layers.0.w": tensors["layers.0.w"]}, tmp_path / f"part2{suffix}")
-    with pytest.raises(FormatError, match=r"holds layers\.0\.w, as another file does"), open_suspect(tmp_path):
+    with pytest.raises(FormatError, match=r"holds 'layers\.0\.w', as another file does"), open_suspect(tmp_path):
         pass
     with open_suspect(tmp_path / f"part2{suffix}") as suspect:
         assert set(suspect.shapes()) == {"layers.0.w"}
