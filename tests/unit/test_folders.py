@@ -66,17 +66,18 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
         assert len(names(tmp_path)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
     entered: list[str] = []
     with locked(tmp_path):
+        # A process that is forked meanwhile does not keep the lock.
+        child = os.fork()
+        if child == 0:
+            signal.pause()
         thread = threading.Thread(target=lambda: enter(tmp_path, entered))
         thread.start()
         thread.join(0.2)
         assert entered == []
-        # A process that was forked meanwhile does not keep the lock.
-        child = os.fork()
-        if child == 0:
-            signal.pause()
     thread.join()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
