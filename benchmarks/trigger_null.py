@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from scipy.stats import beta
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_wmguard.config import TriggerConfig
 from hf_wmguard.probing.asking import Sampling
@@ -45,8 +46,9 @@ Named = list[list[int | None]]
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Return a model in float32, which a processor is faster in than in float16, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Return a model of its own class in float32, which a processor is faster in than in float16, and its tokenizer."""
+    (name,) = AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -145,7 +147,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Make the sets, ask, print the table, and write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suspects", nargs="+", type=Path, help="folders with a causal language model")
+    parser.add_argument("suspects", nargs="+", type=Path, help="folders with a model, causal or a classifier")
     parser.add_argument("--base", type=Path, help="the model that the sets are made for; the first suspect by default")
     parser.add_argument("--keys", type=int, default=1000)
     parser.add_argument("--triggers", type=int, default=64, help="triggers of each key")
