@@ -104,6 +104,7 @@ def make_config(tmp_path: Path, owner_file: Path, identity_file: Path) -> Callab
                 batch_size=16,
                 every_n_steps=1,
                 last_epochs=12,
+                cooldown=0.0,
                 strength=1.0,
                 weight=1.0,
                 moves=4,

@@ -57,7 +57,15 @@ def test_a_guarded_run_learns_the_set_and_is_detected(
     config = make_config(
         signature=None,
         triggers=TriggerConfig(
-            count=16, batch_size=16, every_n_steps=1, start=0.0, strength=1.0, weight=1.0, moves=2, contexts=0.25
+            count=16,
+            batch_size=16,
+            every_n_steps=1,
+            start=0.0,
+            cooldown=0.0,
+            strength=1.0,
+            weight=1.0,
+            moves=2,
+            contexts=0.25,
         ),
     )
     trainer = make_trainer(

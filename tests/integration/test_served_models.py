@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
         registry=str(root / "registry"),
         signature=None,
         triggers=TriggerConfig(
-            count=16, batch_size=16, every_n_steps=1, last_epochs=12, strength=1.0, moves=4, contexts=0.0
+            count=16, batch_size=16, every_n_steps=1, last_epochs=12, cooldown=0.0, strength=1.0, moves=4, contexts=0.0
         ),
         protection=ProtectionConfig(recipients=(f"file:{root / 'keys' / 'inference.key.pub'}",)),
     )
