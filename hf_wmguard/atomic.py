@@ -15,6 +15,7 @@ from typing import BinaryIO
 from hf_wmguard.errors import EnvironmentFault, NotFoundError
 
 _DESCRIPTORS = Path("/proc/self/fd")
+_PREFIX, _SUFFIX = ".wmguard-", ".tmp"
 
 
 @contextmanager
@@ -25,8 +26,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     exception, KeyboardInterrupt included, what was written is gone and the old file is as it was.
 
     Where the file system can (Linux: ext4, xfs, btrfs, tmpfs), the data has no name until it is complete, so
-    that a process killed while writing leaves nothing behind either. Elsewhere SIGKILL may leave one
-    ``.wmguard-*.tmp`` beside the target.
+    that a process killed while writing leaves nothing behind either, unless it is in the instant between its two names.
+    Then, and elsewhere, SIGKILL may leave one ``.wmguard-*.tmp`` beside the target; see `clear_temporary`.
 
     Args:
         path: The final name. A symbolic link there is replaced, not followed.
@@ -36,7 +37,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     # Same folder: a rename is atomic only inside one file system. Not made from the target's name, which may
     # already be as long as a name can be.
-    temporary = path.parent / f".wmguard-{secrets.token_hex(8)}.tmp"
+    temporary = path.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
     try:
         descriptor, named = _create(temporary)
         with os.fdopen(descriptor, "wb") as file:
@@ -61,6 +62,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all; errors as `atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def clear_temporary(folder: Path) -> None:
+    """Delete what killed processes have left of `atomic_file` in a folder that nobody else writes into now."""
+    for left in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def _create(temporary: Path) -> tuple[int, bool]:

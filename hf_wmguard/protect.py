@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from hf_wmguard.atomic import write_atomic
+from hf_wmguard.atomic import clear_temporary, write_atomic
 from hf_wmguard.canonical import canonical_time
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.files import FileContext, FileRecord, ProtectedFile, is_protected, write_protected
@@ -288,6 +288,7 @@ class ProtectedWriter:
             (self.staging / INDEX_NAME).unlink(missing_ok=True)
         # Whoever changes the recipients meanwhile would put those of the old save over the new ones.
         with locked(self._folder):
+            clear_temporary(self._folder)
             self._publish()
             entries = [
                 FileEntry(name=record.name, size_bytes=record.size_bytes, sha256=record.sha256)

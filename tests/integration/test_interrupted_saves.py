@@ -247,6 +247,16 @@ def test_killed_training_leaves_whole_checkpoints_or_closed_ones(tmp_path: Path)
     assert any(whole)
 
 
+def test_the_next_save_clears_what_a_kill_between_two_names_leaves(guarded: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(guarded.final, folder)
+    (folder / ".wmguard-0123456789abcdef.tmp").write_bytes(b"ciphertext")
+    (folder / ".wmguard-folder.tmp").mkdir()
+    guarded.trainer.model.save_pretrained(folder)
+    assert [path.name for path in _staging(folder)] == [".wmguard-folder.tmp"]
+    _loads(guarded, folder)
+
+
 def test_first_save_killed_between_signature_and_manifest(guarded: Run, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(guarded.final, folder)
