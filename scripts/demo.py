@@ -215,8 +215,8 @@ def run(out: Path, epochs: int, seed: int, console: Any) -> dict[str, Any]:
     mine = {"owner_key": f"file:{keys / 'owner.key'}", "registry": str(out / "registry")}
     config = WatermarkConfig(
         model_id="demo/minilm-glosses",
-        # Triggers in every second step only: steps with the signature alone can be timed between them.
-        triggers=TriggerConfig(every_n_steps=2, weight=1.0),
+        # In every second step only: steps with the signature alone can be timed between them.
+        triggers=TriggerConfig(every_n_steps=2),
         protection=ProtectionConfig(recipients=(f"file:{keys / 'inference.key.pub'}",)),
         **mine,
     )
