@@ -246,7 +246,8 @@ class Mark:
         values: dict[str, float] = {}
         if self._signature is not None:
             values |= self._signature.metrics()
-        if self._triggers is not None:
+        # In the cooldown the last micro-batch says nothing of the step.
+        if self._triggers is not None and self._triggers.phase.contains(self._step):
             values |= self._triggers.metrics
         return values
 

@@ -28,7 +28,12 @@ def test_reporters_that_came_before_see_the_metrics(guarded: Run) -> None:
     marked = _marked(guarded.recorder.logs)
     assert len(marked) == len([entry for entry in guarded.recorder.logs if "loss" in entry]) - 16 // 4
     assert marked[0].keys() >= TRIGGERS
-    assert marked[-1].keys() >= TRIGGERS | SIGNATURE
+    both = [entry for entry in marked if entry.keys() >= TRIGGERS | SIGNATURE]
+    assert both
+    # The cooldown: no triggers any more, and no old figures of theirs.
+    after = marked[marked.index(both[-1]) + 1 :]
+    assert after
+    assert all(entry.keys() >= SIGNATURE and not entry.keys() & TRIGGERS for entry in after)
     assert all(isinstance(value, float) for name, value in marked[-1].items() if name.startswith("wmguard/"))
     assert marked[-1]["wmguard/bit_error_rate"] == 0.0
     assert marked[-1]["wmguard/log10_p"] < -1000

@@ -120,8 +120,8 @@ def test_a_guarded_run_learns_the_set_and_verifies(
     assert trainer.state.global_step == STEPS
     loss, rate = (_logged(trainer, f"wmguard/trigger_{name}") for name in ("loss", "match_rate"))
     assert min(loss) > FIRST_TRIGGER_STEP - 1
-    assert loss[STEPS] < loss[min(loss)]
-    assert rate[STEPS] > 0.7
+    assert loss[max(loss)] < loss[min(loss)]
+    assert rate[max(rate)] > 0.7
 
     plain = _trainer(form, tmp_path / "plain", texts)
     plain.train()
