@@ -23,7 +23,7 @@ from hf_wmguard.cli.options import (
     RegistryOption,
     SignerOption,
 )
-from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report, printable, shown
+from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report, printable
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
@@ -187,7 +187,7 @@ def decrypt(
         console.print(str(file), markup=False, highlight=False, soft_wrap=True)
     for names, what in ((done.unsigned, "copied, but signed by nobody"), (done.left_out, "signed by nobody, left out")):
         if names:
-            err.print(f"{what}: {shown(names)}", markup=False, soft_wrap=True)
+            err.print(f"{what}: {printable(', '.join(names))}", markup=False, soft_wrap=True)
 
 
 app.command()(keygen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,11 +34,6 @@ def pairs_table(title: str) -> Table:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     return table
-
-
-def shown(names: Iterable[str]) -> str:
-    """Return names that others gave, on one line; what would move a terminal's cursor is escaped."""
-    return ", ".join(name if name.isprintable() else ascii(name) for name in names)
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_wmguard.cli.options import JsonOption
-from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, shown
+from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, printable
 
 
 class Suite(StrEnum):
@@ -77,4 +77,4 @@ def protect(
             soft_wrap=True,
         )
     if result.left_out:
-        err.print(f"not handed on: {shown(result.left_out)}", markup=False, soft_wrap=True)
+        err.print(f"not handed on: {printable(', '.join(result.left_out))}", markup=False, soft_wrap=True)

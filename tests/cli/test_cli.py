@@ -437,7 +437,7 @@ def test_decrypt_names_what_nobody_signed(wmguard: Command, guarded: Run, tmp_pa
     assert done.code == 0
     copied, left = (line for line in done.err.splitlines() if "signed by nobody" in line)
     assert "tokenizer.json" in copied
-    assert left == "signed by nobody, left out: 'modeling_\\x1b[2J.py'"
+    assert left == "signed by nobody, left out: modeling_\\x1b[2J.py"
 
 
 @pytest.mark.parametrize("moment", ["hf_wmguard.decryption.shutil.copyfile", "hf_wmguard.decryption.write_plain"])
