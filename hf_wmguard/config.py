@@ -304,9 +304,9 @@ def _convert(kind: Any, value: object, where: str) -> object:
         return tuple(_convert(str, item, where) for item in value)
     if typing.get_origin(kind) is Literal:
         return value
-    # bool is an int in Python, but never meant as one here.
     if kind is bool and isinstance(value, bool):
         return value
+    # bool is an int in Python, but never meant as one below.
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
