@@ -14,11 +14,13 @@
     │   ├── RegistryError               3   a registry that was cut, edited or belongs to another owner
     │   ├── TranscriptError             3   a transcript of a probe that was cut, edited or signed by another
     │   ├── OwnershipError              3   a folder that holds somebody else's protected model
+    │   ├── ExposureError               3   something that would be, or is, open to more than it is meant for
     │   └── NonFiniteWeightError        3   NaN or Inf in a weight
     └── EnvironmentFault                4   something outside is missing
         ├── NotFoundError               4   a file or folder
         ├── EndpointError               4   an API that cannot be asked, or not any more
         ├── KeyServiceError             4   a key service or token that does not answer, or is too busy
+        ├── StoreError                  4   a store (the Hub, S3) that refuses, does not answer, or has changed
         ├── UnsavedRunError             4   a marked model that was never saved
         └── MissingDependencyError      4   a package
 
@@ -33,6 +35,7 @@ __all__ = [
     "ConfigError",
     "EndpointError",
     "EnvironmentFault",
+    "ExposureError",
     "FormatError",
     "IntegrityError",
     "KeyFormatError",
@@ -44,6 +47,7 @@ __all__ = [
     "NotFoundError",
     "OwnershipError",
     "RegistryError",
+    "StoreError",
     "TranscriptError",
     "UnsavedRunError",
     "UnsupportedError",
@@ -127,6 +131,10 @@ class OwnershipError(IntegrityError):
     """A folder that holds somebody else's protected model."""
 
 
+class ExposureError(IntegrityError):
+    """Something that would be, or is, open to more people than it is meant for, such as a public repository."""
+
+
 class NonFiniteWeightError(IntegrityError):
     """NaN or Inf in a weight."""
 
@@ -147,6 +155,10 @@ class EndpointError(EnvironmentFault):
 
 class KeyServiceError(EnvironmentFault):
     """A key service, keyring or token that does not answer, or is too busy. Trying again later may help."""
+
+
+class StoreError(EnvironmentFault):
+    """A store, the Hub or S3, that refuses, does not answer, or has changed meanwhile."""
 
 
 class UnsavedRunError(EnvironmentFault):

@@ -28,9 +28,10 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("reports",),
     ("keys",),
+    ("stores",),
     ("watermark", "container", "evidence"),
     ("suspects",),
-    ("probing",),
+    ("delivery", "probing"),
     ("metrics",),
     ("protect", "rewrapping"),
     ("verdicts",),
@@ -52,13 +53,19 @@ ONLY = {
     "config": {"yaml"},
     "reports": set(),
     "keys": {"cryptography"},
+    "stores": set(),
+    "delivery": set(),
     "watermark": {"torch"},
     "container": {"cryptography"},
     "evidence": {"cryptography"},
     "robustness": {"torch", "transformers", "peft", "numpy", "gguf", "matplotlib", "pyarrow"},
 }
-# Each keeper of keys has one module, which alone imports its client.
+# Each keeper of keys has one module, which alone imports its client, and each store one in either room.
 CLIENTS = {
+    "stores/hub.py": {"huggingface_hub"},
+    "stores/s3.py": {"boto3", "botocore"},
+    "delivery/hub.py": {"huggingface_hub"},
+    "delivery/s3.py": {"boto3", "botocore"},
     "container/providers/awskms.py": {"boto3", "botocore"},
     "container/providers/azurekv.py": {"azure"},
     "container/providers/gcpkms.py": {"google", "requests"},
