@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from hf_wmguard.container.files import FileContext, ProtectedFile
 from hf_wmguard.container.recipients import MAX_RECIPIENTS_FILE_BYTES, Identity, dek_commitment, open_recipients
-from hf_wmguard.container.source import open_file
-from hf_wmguard.errors import EnvironmentFault, FormatError, ManifestError, NotFoundError
+from hf_wmguard.container.source import LocalFile
+from hf_wmguard.errors import FormatError, ManifestError, NotFoundError
 from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, Manifest, check_sizes, digest_file, read_manifest
 from hf_wmguard.hardening import no_core_dumps
 
@@ -123,16 +123,14 @@ def read_recipients(path: Path) -> bytes:
         EnvironmentFault: It cannot be read.
     """
     try:
-        with open_file(path / RECIPIENTS_NAME) as file:
-            return file.read(MAX_RECIPIENTS_FILE_BYTES + 1)
+        with LocalFile(path / RECIPIENTS_NAME) as file:
+            data = bytearray(min(file.size_bytes, MAX_RECIPIENTS_FILE_BYTES + 1))
+            file.read_into(memoryview(data), 0)
+            return bytes(data)
     except NotFoundError:
         raise NotFoundError(f"{path} lacks {RECIPIENTS_NAME}", hint="fetch the whole protected folder") from None
     except FormatError:
         raise FormatError(f"{RECIPIENTS_NAME} in {path} is not a regular file", hint="fetch the folder again") from None
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot read {RECIPIENTS_NAME} in {path}: {error.strerror}", hint="check the disk"
-        ) from None
 
 
 def open_dek(
