@@ -63,6 +63,7 @@ ONLY = {
 # Each keeper of keys has one module, which alone imports its client, and each store one in either room.
 CLIENTS = {
     "stores/hub.py": {"huggingface_hub"},
+    "stores/hub_errors.py": {"huggingface_hub", "httpx", "httpx2"},
     "stores/s3.py": {"boto3", "botocore"},
     "delivery/hub.py": {"huggingface_hub"},
     "delivery/s3.py": {"boto3", "botocore"},

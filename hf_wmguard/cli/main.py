@@ -23,7 +23,16 @@ from hf_wmguard.cli.options import (
     RegistryOption,
     SignerOption,
 )
-from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report, printable
+from hf_wmguard.cli.output import (
+    byte_progress,
+    console,
+    count_progress,
+    err,
+    pairs_table,
+    print_json,
+    print_report,
+    printable,
+)
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
@@ -69,14 +78,18 @@ app = typer.Typer(
 @app.command()
 def verify(
     suspect: Annotated[
-        Path, typer.Argument(help="A folder (model, adapter, protected), .safetensors, .gguf, .bin or .pt.")
+        str,
+        typer.Argument(
+            help="A folder (model, adapter, protected), .safetensors, .gguf, .bin or .pt; or hub://org/name@revision, "
+            "s3://bucket/prefix, of which only the parts that carry are read."
+        ),
     ],
     owner_key: OwnerKeyOption,
     registry: RegistryOption,
     model_id: ModelIdOption = None,
     identity: IdentityOption = None,
     original: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--original",
             help="Folder of your own model, from before marking or marked: permuted, rotated and scaled neurons, "
@@ -96,7 +109,7 @@ def verify(
     """Judge a suspect by its weights and, if given, its answers. Exit 0: detected, 1: not detected or inconclusive."""
     from hf_wmguard.verification import verify as judge
 
-    with err.status(escape(f"reading {suspect}")):
+    with count_progress(f"reading {suspect}") as advance:
         report = judge(
             suspect,
             owner_key=owner_key,
@@ -106,6 +119,7 @@ def verify(
             original=original,
             transcript=transcript,
             alpha_log10=alpha_log10,
+            progress=advance,
         )
     print_report(report, as_json)
 

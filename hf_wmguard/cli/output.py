@@ -107,6 +107,9 @@ def print_report(report: Any, as_json: bool) -> None:
         if report.reason:
             table.add_row("reason", escape(report.reason))
         table.add_row("suspect", escape(" ".join(filter(None, (report.suspect["uri"], report.suspect.get("model"))))))
+        if "read" in report.suspect:
+            read = report.suspect["read"]
+            table.add_row("read", f"{read['bytes']:,} bytes in {read['requests']} ranges; --json has their digests")
         if report.transcript is not None:
             asked = (report.transcript["uri"], report.transcript["model"], report.transcript["time"])
             table.add_row("answers of", escape(" ".join(filter(None, asked))))
