@@ -66,6 +66,7 @@ CLIENTS = {
     "stores/hub_errors.py": {"huggingface_hub", "httpx", "httpx2"},
     "stores/s3.py": {"boto3", "botocore"},
     "delivery/hub.py": {"huggingface_hub"},
+    "delivery/hub_download.py": {"huggingface_hub"},
     "delivery/s3.py": {"boto3", "botocore"},
     "container/providers/awskms.py": {"boto3", "botocore"},
     "container/providers/azurekv.py": {"azure"},

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from hf_wmguard.cli.delivery import pull, push
 from hf_wmguard.cli.embed import embed
 from hf_wmguard.cli.keys import ask_passphrase, keygen, rewrap
 from hf_wmguard.cli.options import (
@@ -48,6 +49,8 @@ _LEFT = {
     "embed": f"{_WHOLE}; a commitment that was made stays in the registry and is harmless",
     "decrypt": _WHOLE,
     "protect": _WHOLE,
+    "push": "readers see the old version or the new one: the same command goes on where this one stopped",
+    "pull": f"{_WHOLE}; the same command goes on where this one stopped",
     "rewrap": "the recipients are either the old ones or the new ones: wmguard inspect lists them",
     "probe": "with --transcript the same command goes on where this one stopped; without it nothing was kept",
     "stress": "the same command goes on where this one stopped",
@@ -210,6 +213,8 @@ app.command()(embed)
 app.command()(plan)
 app.command()(probe)
 app.command()(protect)
+app.command()(push)
+app.command()(pull)
 app.command()(stress)
 
 
