@@ -60,12 +60,8 @@ def push(
     for note in pushed.notes:
         err.print(printable(note), markup=False, soft_wrap=True)
     if pushed.unchecked:
-        err.print(
-            f"could not be asked: {printable('; '.join(pushed.unchecked))}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+        unchecked = printable("; ".join(pushed.unchecked))
+        err.print(f"could not be asked: {unchecked}", style="yellow", markup=False, soft_wrap=True)
 
 
 def pull(

@@ -54,11 +54,11 @@ def download(
 def _reporting(where: str, progress: Callable[[str, int], None] | None) -> type[tqdm]:
     """Return a progress bar that shows nothing, and says what has come in."""
 
-    class Reporting(tqdm):  # type: ignore[misc]
+    class Reporting(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # The client has another bar, which counts files.
             self._of_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             if self._of_bytes and n and progress is not None:
