@@ -49,7 +49,7 @@ class RemoteFolder:
         """Return which files hold the weights; errors as `suspects.files.weight_names`."""
         if self.only is not None:
             return [self.only]
-        present = {*self.weights, *(path.name for path in self.folder.iterdir())}
+        present = {*(name for name in self.weights if "/" not in name), *(path.name for path in self.folder.iterdir())}
         return weight_names(present, self.folder, str(self.location))
 
 
