@@ -4,7 +4,8 @@
         api = HfApi(endpoint=hub.endpoint, token="hf_owner")
 
 or as a process of its own: ``python -m tests.hub.server --folder F``, which prints its endpoint. In tests, the fixture
-`hub` (see `fixtures`) also points this process's clients to it. `Hub.traffic` has what clients sent and were served.
+`hub` (tests/conftest.py) also points this process's clients to it. `Hub.traffic` has what clients sent and were served,
+`Hub.faults` lets things go wrong (see `faults`).
 
 Source: huggingface_hub 2.4, and https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md
 """

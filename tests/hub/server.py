@@ -22,6 +22,8 @@ from .accounts import TOKENS, Account, Gate
 from .api import Api
 from .contents import Contents
 from .errors import HubError, answer_error
+from .faults import TRANSPORT, Cut, Faults
+from .offsite import Offsite
 from .storage import Storage
 from .traffic import Traffic
 from .uploads import Uploads
@@ -30,6 +32,8 @@ BUFFER_BYTES = 4 << 20
 REGULAR_BYTES = 10 << 20
 PART_BYTES = 64 << 20
 START_SECONDS = 20.0
+# Neither of the names the Hub itself has: a client that compares hosts only must not take it for the Hub.
+OFFSITE_HOST = "127.0.0.2"
 
 
 class _Protocol(H11Protocol):
@@ -39,6 +43,12 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=BUFFER_BYTES)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        app = self.app
+
+        async def with_transport(scope: Any, receive: Any, send: Any) -> None:
+            await app({**scope, "extensions": {TRANSPORT: transport}}, receive, send)
+
+        self.app = with_transport
 
 
 class Hub:
@@ -46,7 +56,8 @@ class Hub:
 
     Speaks what huggingface_hub 2.4 speaks about models: repos, commits, branches and tags, LFS in one piece and in
     parts, reads with ranges, private repos. Its API is at `endpoint`; large contents are sent to and come from the same
-    port by its other name (`127.0.0.1`), by signed links without a token, as from the Hub's storage.
+    port by its other name (`127.0.0.1`), by signed links without a token, as from the Hub's storage. `traffic` is what
+    went on, `faults` what is to go wrong, `offsite` another host to send clients to.
 
     Args:
         folder: Where repos are kept (``hub``) and traffic is recorded (``traffic``). May be one of an earlier server.
@@ -70,6 +81,7 @@ class Hub:
     ) -> None:
         self.storage = Storage(folder / "hub")
         self.traffic = Traffic(folder / "traffic", bodies=record_bodies)
+        self.faults = Faults()
         gate = Gate(self.storage, tokens)
         uploads = Uploads(self.storage, gate, regular_bytes=regular_bytes, part_bytes=part_bytes)
         routes = [
@@ -80,8 +92,10 @@ class Hub:
         app = Starlette(routes=routes, exception_handlers={HubError: answer_error})
         self._socket = socket.create_server(("127.0.0.1", port), backlog=128)
         self.port: int = self._socket.getsockname()[1]
+        self._other_socket = socket.create_server((OFFSITE_HOST, 0))
+        self.offsite = Offsite(OFFSITE_HOST, self._other_socket.getsockname()[1])
         config = uvicorn.Config(
-            _quoted(self.traffic.wrap(app)),
+            _entrance(self.traffic.wrap(self.faults.wrap(app)), self.offsite),
             http=_Protocol,
             ws="none",
             lifespan="off",
@@ -102,7 +116,7 @@ class Hub:
 
     def serve(self) -> None:
         """Serve in this thread until a signal comes."""
-        self._server.run(sockets=[self._socket])
+        self._server.run(sockets=[self._socket, self._other_socket])
 
     def start(self) -> None:
         """Serve in another thread."""
@@ -120,6 +134,7 @@ class Hub:
         if self._thread is not None:
             self._thread.join()
         self._socket.close()
+        self._other_socket.close()
 
     def __enter__(self) -> Hub:
         self.start()
@@ -131,17 +146,20 @@ class Hub:
         self.stop()
 
 
-def _quoted(app: ASGIApp) -> ASGIApp:
-    """Return an app whose routes see paths as they were sent (see `paths.Parameters`)."""
+def _entrance(app: ASGIApp, offsite: Offsite) -> ASGIApp:
+    """Return an app that tells the two hosts apart, and whose routes see paths as sent (see `paths.Parameters`)."""
 
-    async def quoted(scope: Scope, receive: Receive, send: Send) -> None:
+    async def entrance(scope: Scope, receive: Receive, send: Send) -> None:
+        if offsite.url.endswith(f":{scope['server'][1]}"):
+            await offsite.app(scope, receive, send)
+            return
         try:
             await app({**scope, "path": scope["raw_path"].decode("latin-1")}, receive, send)
-        except ClientDisconnect:
-            # Whoever sent half a body has gone: there is nobody to tell.
+        except (ClientDisconnect, Cut):
+            # Whoever sent half a body has gone, or was made to: there is nobody to tell.
             return
 
-    return quoted
+    return entrance
 
 
 def _parse() -> argparse.Namespace:

@@ -30,7 +30,7 @@ class Exchange:
         query: Without the question mark.
         authorized: Whether a token was sent.
         range: The Range header.
-        status: Of the answer; 0 if there was none.
+        status: Of the answer; 0 if there was none, as the client had gone or was cut off.
         bytes_in: Of the request's body that arrived.
         bytes_out: Of the answer's body that were sent.
     """
@@ -109,7 +109,7 @@ class Traffic:
                 self._started += 1
                 number = self._started
             stem = f"{number:06}-{scope['method']}"
-            counts = {"in": 0, "out": 0, "status": 0, "done": 0}
+            counts = {"in": 0, "out": 0, "status": 0, "done": 0, "gone": 0}
             file = (self.folder / f"{stem}.request").open("wb", buffering=BLOCK_BYTES) if self._bodies else None
 
             async def receiving() -> Message:
@@ -118,11 +118,13 @@ class Traffic:
                     counts["in"] += len(message["body"])
                     if file is not None and not counts["done"]:
                         file.write(message["body"])
+                else:
+                    counts["gone"] = 1
                 return message
 
             async def sending(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    counts["status"] = message["status"]
+                    counts["status"] = 0 if counts["gone"] else message["status"]
                 else:
                     counts["out"] += len(message.get("body", b"")) if scope["method"] != "HEAD" else 0
                 # Before a client has the end of the answer, and looks for what was recorded.
