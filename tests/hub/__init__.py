@@ -11,7 +11,7 @@ Source: huggingface_hub 2.4, and https://github.com/git-lfs/git-lfs/blob/main/do
 """
 
 from .accounts import TOKENS, Account
-from .server import Hub
+from .hub import Hub
 from .traffic import Exchange, Traffic
 
 __all__ = ["TOKENS", "Account", "Exchange", "Hub", "Traffic"]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.requests import Request
 
@@ -125,9 +125,24 @@ class Gate:
         Raises:
             HubError: 403, not signed by this server, or too old.
         """
-        values = dict(request.query_params)
+        return self._check(request.scope["path"], dict(request.query_params))
+
+    def check_signed(self, text: str) -> str:
+        """Return the path that was signed to `text`.
+
+        Raises:
+            HubError: 401, not signed by this server, or too old.
+        """
+        path, _, query = text.partition("?")
+        try:
+            self._check(path, dict(parse_qsl(query)))
+        except HubError as error:
+            raise HubError(401, error.message) from error
+        return path
+
+    def _check(self, path: str, values: dict[str, str]) -> dict[str, str]:
         signature = values.pop("signature", "")
-        if not hmac.compare_digest(signature, self._signature(request.url.path, values)):
+        if not hmac.compare_digest(signature, self._signature(path, values)):
             raise HubError(403, "SignatureDoesNotMatch")
         if int(values["expires"]) < time.time():
             raise HubError(403, "Request has expired")

@@ -46,7 +46,11 @@ class Blobs:
 
     def writer(self) -> Writer:
         """Return a new file to write into."""
-        return Writer(self, self._scratch / secrets.token_hex(8))
+        return Writer(self, self.scratch_file())
+
+    def scratch_file(self) -> Path:
+        """Return a name for a file that is on its way."""
+        return self._scratch / secrets.token_hex(8)
 
     def add(self, data: bytes) -> str:
         """Keep a small content; return its SHA-256."""

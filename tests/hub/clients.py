@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _cache_manager, _http, _xet
 
-from .server import Hub
+from .hub import Hub
 
 
 def environment(hub: Hub, home: Path, *, token: str | None = "hf_owner", xet: bool = False) -> dict[str, str]:

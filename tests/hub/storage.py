@@ -4,6 +4,7 @@ repos/ORG/NAME/repo.json          visibility, when it was made
 repos/ORG/NAME/refs.json          {"heads": {name: commit}, "tags": {name: commit}}
 repos/ORG/NAME/commits/ID.json    parent, title, author, date, files
 repos/ORG/NAME/large/SHA256       which large contents were uploaded to this repo
+repos/ORG/NAME/xet/HASH           which of them came by Xet
 blobs/                            the contents themselves (see `blobs`)
 """
 
@@ -192,8 +193,14 @@ class Repo:
         return (self.folder / "large" / sha256).is_file() and self.blobs.has(sha256)
 
     def add_large(self, sha256: str, xet: str | None = None) -> None:
-        """Note that a large content was uploaded to this repo."""
+        """Note that a large content was uploaded to this repo, by Xet under a name of its own."""
         write_json(self.folder / "large" / sha256, {"xet": xet})
+        if xet is not None:
+            write_json(self.folder / "xet" / xet, sha256)
+
+    def has_xet(self, name: str) -> bool:
+        """Return whether a content was uploaded to this repo by Xet, by its name there."""
+        return (self.folder / "xet" / name).is_file()
 
     def large(self, sha256: str) -> Entry:
         """Return the entry of a large content.

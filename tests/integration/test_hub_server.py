@@ -68,7 +68,7 @@ def clone(hub: Hub, commit: str) -> dict[str, bytes]:
     return read_folder(Path(snapshot_download(REPO, revision=commit)))
 
 
-@pytest.mark.parametrize("hub", [LFS], indirect=True)
+@pytest.mark.parametrize("hub", [LFS, "xet"], indirect=True)
 def test_folder_comes_back(hub: Hub, tmp_path: Path) -> None:
     files = make_folder(tmp_path / "model")
     api = HfApi()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, PreTraine
 REPO = "acme/tiny"
 
 
-@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+@pytest.mark.parametrize("hub", ["lfs", "xet"], indirect=True)
 def test_model_goes_and_comes_back(hub: Hub, tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model("classification", len(tokenizer))
     model.push_to_hub(REPO, private=True, max_shard_size="300KB")
