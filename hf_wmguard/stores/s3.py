@@ -138,14 +138,19 @@ class S3Place:
             StoreError: S3 refuses, does not answer, or is busy for longer than is waited.
             NotFoundError: No such bucket, or no such object.
         """
+        return self.ask(operation, allow=allow, **request)[0]
+
+    def ask(self, operation: str, *, allow: Collection[str], **request: Any) -> tuple[Any, str]:
+        """Return as `call`, and the code of the error where the answer is None, else an empty one."""
         method = getattr(self.client, operation)
         for attempt in range(_PATIENCE):
             try:
-                return method(Bucket=self.bucket, **request)
+                return method(Bucket=self.bucket, **request), ""
             except self._refused as error:
                 response: Mapping[str, Any] = error.response
-                if code_of(response) in allow:
-                    return None
+                for code in (code_of(response), str(response.get("Error", {}).get("Code"))):
+                    if code in allow:
+                        return None, code
                 # The client has tried again already; but it does not wait as long as it is asked to.
                 wait_s = retry_after_s(response, MAX_WAIT_S)
                 if wait_s is None or attempt == _PATIENCE - 1:
@@ -343,7 +348,7 @@ def listed(place: S3Place) -> dict[str, Entry]:
         NotFoundError: There is none.
         StoreError: There are more than a model's folder has, or S3 refuses.
     """
-    prefix = place.location.key("") if place.location.path else ""
+    prefix = place.location.key("")
     found: dict[str, Entry] = {}
     for page in place.pages("list_objects_v2", Prefix=prefix):
         for one in page.get("Contents", ()):

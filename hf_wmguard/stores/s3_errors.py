@@ -49,6 +49,18 @@ _KMS = (StoreError, "cannot use the KMS key", "check that the key is enabled and
 
 _ODD = (StoreError, "does not take {operation}", "check AWS_REGION, AWS_ENDPOINT_URL_S3 and the credentials")
 
+# What is to be asked for, where it is not called as the operation is.
+_PERMISSIONS = {
+    "HeadObject": "GetObject",
+    "ListObjectsV2": "ListBucket",
+    "CopyObject": "PutObject",
+    "CreateMultipartUpload": "PutObject",
+    "UploadPart": "PutObject",
+    "CompleteMultipartUpload": "PutObject",
+    "ListMultipartUploads": "ListBucketMultipartUploads",
+    "ListParts": "ListMultipartUploadParts",
+    "DeleteObjects": "DeleteObject",
+}
 # By the code of the answer; where the answer has no body, by its status.
 CODES: Mapping[str, Explained] = {
     "InvalidAccessKeyId": _CREDENTIALS,
@@ -181,9 +193,7 @@ def refusal(where: str, operation: str, response: Mapping[str, Any]) -> WmguardE
     region = said if _REGION.fullmatch(said) else "the bucket's own region"
     word = str(error.get("Code", ""))
     shown = f" ({word})" if _WORD.fullmatch(word) else ""
-    permission = {"HeadObject": "GetObject", "ListObjectsV2": "ListBucket", "CopyObject": "PutObject"}.get(
-        operation, {"CreateMultipartUpload": "PutObject", "UploadPart": "PutObject"}.get(operation, operation)
-    )
+    permission = _PERMISSIONS.get(operation, operation)
     words = {"operation": operation, "permission": permission, "region": region}
     return kind(f"{where} {message.format(**words)}{shown}", hint=hint.format(**words))
 

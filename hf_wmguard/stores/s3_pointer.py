@@ -30,6 +30,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "previous": (dict, type(None)),
     "push": (str,),
     "done": (bool,),
+    "writes": (list,),
 }
 _SAVE_FIELDS: dict[str, tuple[type, ...]] = {"revision": (str,), "entries": (list,)}
 _ENTRY_FIELDS: dict[str, tuple[type, ...]] = {
@@ -108,12 +109,17 @@ class Pointer:
         previous: What they saw before, and may still be reading.
         push: A random name of the push that wrote this.
         done: Whether that push is done. Where not, it is at work on the canonical names, or was killed.
+        writes: The names that it writes, while it is not done.
     """
 
     current: Save | None
     previous: Save | None
     push: str
     done: bool
+    writes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _require(all(isinstance(name, str) and is_safe_name(name) for name in self.writes), "a name that is none")
 
     def to_bytes(self) -> bytes:
         """Return its one spelling."""
@@ -129,6 +135,7 @@ class Pointer:
         fields = require_object(parse_canonical(data, POINTER_NAME, MAX_POINTER_BYTES), _FIELDS, POINTER_NAME)
         _require(fields.pop("version") == _VERSION, f"version {_VERSION} is what this release reads")
         fields["current"], fields["previous"] = _save(fields["current"]), _save(fields["previous"])
+        fields["writes"] = tuple(fields["writes"])
         return cls(**fields)
 
 
