@@ -236,7 +236,8 @@ def _plan(
     progress: Progress | None,
 ) -> _Plan:
     signed = {entry.name: entry for entry in parcel.manifest.files}
-    files = {name: signed.get(name) or digest_file(parcel.folder / name) for name in parcel.names}
+    # Only sizes and digests are looked at: no entry may be called as the manifest is.
+    files = {name: signed.get(name) or digest_file(parcel.folder / name, "unsigned") for name in parcel.names}
     with ThreadPoolExecutor(threads) as pool:
         names = sorted(replaced.union(parcel.names))
         found = dict(zip(names, pool.map(lambda name: head(place, place.location.key(name)), names), strict=True))
