@@ -146,7 +146,7 @@ def step_aside(
         found = head(place, key)
         if not holds(found, entry.size_bytes, entry.sha256, extra):
             source = {"Key": place.location.key(entry.key)}
-            place.copy(source, key, CopySourceIfMatch=entry.etag, **extra)
+            place.copy(source, key, CopySourceIfMatch=entry.etag, ChecksumAlgorithm="SHA256", **extra)
             found = head(place, key)
         if found is None or found["ContentLength"] != entry.size_bytes:
             raise somebody_else(place)

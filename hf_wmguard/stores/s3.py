@@ -158,6 +158,12 @@ class S3Place:
                 time.sleep(wait_s)
             except self._failed as error:
                 raise failure(self._where(request), error) from None
+            except RecursionError:
+                # The client asks again in the region that a redirection names, and again, where none is named.
+                raise StoreError(
+                    f"{self._where(request)} redirects without saying where the bucket is",
+                    hint="check AWS_REGION and AWS_ENDPOINT_URL_S3: https and not http, and no other server",
+                ) from None
         raise StoreError(f"{self.location} was not asked", hint="this is a mistake in hf-wmguard: report it")
 
     def pages(self, operation: str, **request: Any) -> Iterator[Any]:
