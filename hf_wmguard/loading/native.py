@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft.utils.save_and_load
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_wmguard.errors import UnsupportedError
+from hf_wmguard.evidence.manifest import MANIFEST_NAME
 from hf_wmguard.loading.models import Access, load_model, looks_protected, opened
 from hf_wmguard.loading.places import Place, location_of, open_place
+from hf_wmguard.stores.hub_errors import hub_errors
 from hf_wmguard.stores.location import Location
 from hf_wmguard.suspects.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from hf_wmguard.suspects.protected import is_diverted
@@ -29,6 +33,10 @@ from hf_wmguard.suspects.tensors import read_tensor
 
 _MARK = "_opens_protected_folders"
 _PEFT_READER = "safe_load_file"
+# How the Hub's client lays out its cache.
+_SNAPSHOT = re.compile(
+    r"(?P<cache>.*)/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})\Z", re.DOTALL
+)
 # What of a load is about reaching the Hub, and is not passed on once it is reached.
 _OF_THE_HUB = frozenset(
     ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only", "proxies")
@@ -94,11 +102,22 @@ def _wrap_peft() -> None:
         folder = _protected_folder(Path(filename).parent)
         if folder is None:
             return plain(filename, device=device)  # type: ignore[no-any-return]
+        _complete(folder)
         with opened(Place(path=folder, name=str(folder)), Access.of(None, None)) as one:
             return {name: read_tensor(file, name).to(device) for file in one.files for name in file.names()}
 
     setattr(safe_load_file, _MARK, True)
     setattr(library, _PEFT_READER, safe_load_file)
+
+
+def _complete(folder: Path) -> None:
+    """Fetch what the manifest of a repo lists into the Hub's cache, where peft has put the adapter's file alone."""
+    found = _SNAPSHOT.search(folder.as_posix())
+    if found is None or (folder / MANIFEST_NAME).exists():
+        return
+    name = f"{found['owner']}/{found['name']}"
+    with hub_errors(name):
+        snapshot_download(name, revision=found["commit"], cache_dir=found["cache"])
 
 
 def _protected_folder(name: Any, subfolder: str | None = None) -> Path | None:

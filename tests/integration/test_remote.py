@@ -15,7 +15,7 @@ import pytest
 import torch
 from hub import Hub
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from tiny import make_keys, make_model, make_tokenizer, save_protected
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -238,6 +238,26 @@ def test_a_protected_repo_is_loaded_without_a_download(
         load_protected(REPO, identity=marked.identity, auto_class=AutoModelForCausalLM, base="x")
     with pytest.raises(UnsupportedError, match="check_digests"):
         load_protected(REPO, identity=marked.identity, auto_class=AutoModelForCausalLM, check_digests=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft's own use of it
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_a_protected_adapter_is_loaded_from_its_repo(
+    api: HfApi, marked: Marked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model("causal", 400)
+    adapter = get_peft_model(make_model("causal", 400), LoraConfig(r=8, target_modules=["q_proj"]))
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    wanted = get_peft_model_state_dict(adapter)
+    save_protected(adapter, tmp_path / "adapter", marked.config)
+    upload(api, tmp_path / "adapter")
+    monkeypatch.setenv("WMGUARD_IDENTITY", marked.identity)
+    loaded = load_protected(REPO, base=base, auto_class=AutoModelForCausalLM)
+    assert all(torch.equal(one, wanted[name]) for name, one in get_peft_model_state_dict(loaded).items())
+    native = PeftModel.from_pretrained(make_model("causal", 400), REPO)
+    assert all(torch.equal(one, wanted[name]) for name, one in get_peft_model_state_dict(native).items())
 
 
 def test_offline_the_cache_is_used(
