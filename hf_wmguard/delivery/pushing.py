@@ -15,7 +15,7 @@ from hf_wmguard.stores.location import parse_location
 # By scheme: module and function, and the options that it alone has.
 _PUSH = {
     "hub": ("hub", "push_to_hub", frozenset({"tag", "commit_message", "token"})),
-    "s3": ("s3", "push_to_s3", frozenset({"kms_key", "keep"})),
+    "s3": ("s3", "push_to_s3", frozenset({"kms_key", "options", "replace_other"})),
 }
 
 
@@ -40,8 +40,8 @@ def push(
         checked: Called with a file's name and the bytes just checked.
         started: Called with what is going to be sent.
         progress: Called with a file's name and the bytes just sent.
-        options: Of one store alone: ``tag``, ``commit_message`` and ``token`` of the Hub; ``kms_key`` and ``keep`` of
-            S3.
+        options: Of one store alone: ``tag``, ``commit_message`` and ``token`` of the Hub; ``kms_key``, ``options`` and
+            ``replace_other`` of S3.
     Raises:
         ConfigError: Not an address.
         ManifestError: A file is not the one that was signed, or plaintext weights lie in the folder.
