@@ -66,6 +66,8 @@ CLIENTS = {
     "stores/s3.py": {"boto3", "botocore"},
     "delivery/hub.py": {"huggingface_hub"},
     "delivery/s3.py": {"boto3", "botocore"},
+    "delivery/aws.py": {"boto3", "botocore"},
+    "delivery/audit_hub.py": {"huggingface_hub"},
     "container/providers/awskms.py": {"boto3", "botocore"},
     "container/providers/azurekv.py": {"azure"},
     "container/providers/gcpkms.py": {"google", "requests"},
