@@ -15,7 +15,7 @@ from hf_wmguard.delivery.bucket import read_settings, write_setting
 from hf_wmguard.delivery.planning import Plan, make_plan
 from hf_wmguard.delivery.policy import Lock
 from hf_wmguard.delivery.principals import Principal, parse_principal
-from hf_wmguard.errors import ConfigError, StoreError, UsageError
+from hf_wmguard.errors import ConfigError, NotFoundError, StoreError, UsageError
 from hf_wmguard.stores.location import Location
 
 
@@ -130,7 +130,7 @@ class Lockdown:
                 progress(change.setting)
             try:
                 code = write_setting(self._client, self._lock.bucket, change.setting, change.after)
-            except StoreError as error:
+            except (NotFoundError, StoreError) as error:
                 raise StoreError(
                     f"{change.setting}: {error.message}; applied before: {', '.join(applied) or 'nothing'}",
                     hint=f"{error.hint}; the same command goes on where this one stopped",
