@@ -73,14 +73,14 @@ def decrypt_folder(
         open_folder(path, (load_identity(identity),), signer=pinned) as opened,
         new_folder(out, STAGING_PREFIX, mode=0o700) as staging,
     ):
-        weights = {file.path.name for file in opened.files}
+        weights = {file.name for file in opened.files}
         covered = {entry.name for entry in opened.manifest.files} - weights
         unsigned, left_out = _sort_out(path, covered, _not_copied(path) | weights)
         for name in (*covered, *unsigned):
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path / name, staging / name)
         for file in opened.files:
-            write_plain(staging / file.path.name, file, progress=progress)
+            write_plain(staging / file.name, file, progress=progress)
         _write_index(staging, opened.files)
         restore_config(staging / "config.json")
     return Decrypted(
@@ -125,7 +125,7 @@ def _write_index(staging: Path, files: tuple[ProtectedFile, ...]) -> None:
     """Write the index of several files where none was signed, because it would have shown hidden names."""
     if len(files) < 2:
         return
-    sizes = {file.path.name: {name: file.info(name).size_bytes for name in file.names()} for file in files}
+    sizes = {file.name: {name: file.info(name).size_bytes for name in file.names()} for file in files}
     name, data = encode_index(sizes)
     if not (staging / name).exists():
         write_atomic(staging / name, data)

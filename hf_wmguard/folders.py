@@ -92,22 +92,65 @@ def new_folder(out: Path, prefix: str, *, mode: int = 0o777) -> Iterator[Path]:
         ) from error
 
 
-def check_new_folder(source: Path, out: Path) -> None:
+@contextmanager
+def resumable_folder(out: Path, name: str) -> Iterator[Path]:
+    """Yield a hidden folder that takes its place at ``out`` when the block ends without an exception.
+
+    After one, or if the process is killed, it stays, and the next run with the same name goes on with what is in it.
+
+    Args:
+        out: A folder that does not exist yet, or is empty, as `check_new_folder` finds it.
+        name: Of the folder beside it; the same for the same contents.
+    Raises:
+        UsageError: Another run is at it, or somebody has put something at ``out`` in the meantime.
+        EnvironmentFault: An OSError in the block, or the folder cannot be moved.
+    """
+    parent = out.absolute().parent
+    path = parent / name
+    try:
+        path.mkdir(exist_ok=True)
+        descriptor = _open(path)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror}", hint="check its permissions") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(f"another run is writing {path}", hint="wait for it, or stop it") from None
+    try:
+        yield path
+        path.replace(out)
+        sync_folder(parent)
+    except OSError as error:
+        if error.errno in _NOT_EMPTY:
+            raise _not_empty(out) from None
+        raise EnvironmentFault(
+            f"cannot write {path}: {error.strerror or error}",
+            hint="check free space and permissions, and run it again: it goes on where it was",
+        ) from error
+    finally:
+        _release(descriptor)
+
+
+def check_new_folder(source: Path | None, out: Path) -> None:
     """Check that what is made of one folder may become another.
 
+    Args:
+        source: The one, None where it is none of this machine.
+        out: The other.
     Raises:
         NotFoundError: The source, or the folder to write into, does not exist.
         UsageError: The output is a link, holds something, or lies inside the source.
         EnvironmentFault: One of them cannot be looked at.
     """
     try:
-        if not source.is_dir():
+        if source is not None and not source.is_dir():
             raise NotFoundError(f"no folder {source}", hint="give the folder of a model, as save_pretrained writes it")
         if out.is_symlink():
             raise UsageError(f"{out} is a symbolic link", hint="choose a new folder")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise _not_empty(out)
-        if out.resolve().is_relative_to(source.resolve()):
+        if source is not None and out.resolve().is_relative_to(source.resolve()):
             raise UsageError(f"{out} lies inside {source}", hint="choose another folder")
         if not out.absolute().parent.is_dir():
             raise NotFoundError(f"no folder {out.absolute().parent}", hint="create it first")

@@ -285,20 +285,20 @@ def _check_once(files: list[PlainFile]) -> None:
     seen: dict[str, str] = {}
     for file in files:
         if PUBLIC_HEADER in file.metadata:
-            raise FormatError(f"{file.path.name} is damaged ciphertext", hint="fetch it again")
+            raise FormatError(f"{file.name} is damaged ciphertext", hint="fetch it again")
         for name in file.tensors:
             if name in seen:
                 raise FormatError(
-                    f"{name!r} lies in both {seen[name]} and {file.path.name}: which one is loaded is chance",
+                    f"{name!r} lies in both {seen[name]} and {file.name}: which one is loaded is chance",
                     hint="save the model again",
                 )
-            seen[name] = file.path.name
+            seen[name] = file.name
 
 
 def _shards(files: list[PlainFile], max_shard_bytes: int | None) -> dict[str, dict[str, FileTensor]]:
     """Return the tensors of every file to write; all in the order in which they are read."""
     if max_shard_bytes is None:
-        return {file.path.name: file.tensors for file in files}
+        return {file.name: file.tensors for file in files}
     groups: list[dict[str, FileTensor]] = [{}]
     filled = 0
     for file in files:
@@ -309,7 +309,7 @@ def _shards(files: list[PlainFile], max_shard_bytes: int | None) -> dict[str, di
                 filled = 0
             groups[-1][name] = tensor
             filled += size_bytes
-    match = SHARD.fullmatch(files[0].path.name)
+    match = SHARD.fullmatch(files[0].name)
     stem = match[1] if match else "model"
     if len(groups) == 1:
         return {f"{stem}{_SUFFIX}": groups[0]}
@@ -317,7 +317,7 @@ def _shards(files: list[PlainFile], max_shard_bytes: int | None) -> dict[str, di
 
 
 def _metadata(files: list[PlainFile], name: str) -> dict[str, str]:
-    return next((file.metadata for file in files if file.path.name == name), files[0].metadata)
+    return next((file.metadata for file in files if file.name == name), files[0].metadata)
 
 
 def _write_index(staging: Path, records: Mapping[FileRecord, Mapping[str, int]]) -> None:

@@ -83,7 +83,8 @@ class Report:
         triggers: What the behaviour says, None where it was not asked.
         commitment: Time and hash of the registry entry made before training; whether it bears a timestamp.
         suspect: Where it was read or asked, the SHA-256 over its weight files (None in memory), and behind an API the
-            name of the model.
+            name of the model. Of one that is kept elsewhere the revision, every range that was read with its SHA-256,
+            and the SHA-256 of the whole files as the store states them; its own is None, for nobody read all of it.
         transcript: Where the answers are from that the weights were judged with: address, model, when they were asked,
             and the SHA-256 of the transcript's last line; None for any other report.
         reason: Why the verdict is ``inconclusive``, in words; None otherwise.
@@ -99,7 +100,7 @@ class Report:
     signature: SignatureResult | None
     triggers: TriggerResult | None
     commitment: dict[str, Any]
-    suspect: dict[str, str | None] = field(default_factory=dict)
+    suspect: dict[str, Any] = field(default_factory=dict)
     transcript: dict[str, str | None] | None = None
     reason: str | None = None
 

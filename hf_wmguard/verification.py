@@ -26,8 +26,11 @@ from hf_wmguard.probing.plan import Plan
 from hf_wmguard.probing.session import Outcome, Progress, SetResult, rescore, run
 from hf_wmguard.protect import Committed
 from hf_wmguard.reports import Method, Report, SignatureResult, TriggerResult
+from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.suspects.reader import digest, open_suspect
+from hf_wmguard.suspects.remote import RemoteFolder, open_remote
 from hf_wmguard.suspects.signature import Attempt, read_attempts
+from hf_wmguard.suspects.signature import Progress as CarrierProgress
 from hf_wmguard.verdicts import check_alpha, find_commitments, make_report, too_little_answered, trigger_result
 from hf_wmguard.watermark.pvalues import log10_bonferroni, log10_fuse
 from hf_wmguard.watermark.signature import Reading, Score
@@ -48,11 +51,14 @@ def verify(
     original: Source | None = None,
     transcript: str | Path | None = None,
     alpha_log10: float = DEFAULT_ALPHA_LOG10,
+    progress: CarrierProgress | None = None,
 ) -> Report:
     """Judge a suspect by its weights, and by what it answered where a transcript of a probe is given.
 
     Args:
-        suspect: A folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, a protected folder, a state dict or a model.
+        suspect: A folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, a protected folder, a state dict or a model;
+            or where it is kept, ``hub://org/name@revision`` or ``s3://bucket/prefix``: of that only headers and the
+            tiles that carry are read, and nothing is downloaded.
         owner_key: Reference to the owner key.
         registry: The owner's registry.
         model_id: Only this model's commitments; all of them by default, which the p-value is corrected for.
@@ -62,10 +68,12 @@ def verify(
         transcript: Finished transcript of a probe of the same suspect: the verdict rests on weights and answers
             together, whatever either says (`log10_fuse`). Decide for it before either is read.
         alpha_log10: Level of the verdict, log10.
+        progress: Called with carriers looked at, carriers in all, and the name of a matrix.
     Raises:
         RegistryError: The registry holds no commitment to judge by.
         AuthenticationError: The owner key is not the registry's.
         NotFoundError, FormatError: The suspect cannot be read.
+        StoreError: Where it is kept refuses, or does not answer.
         TranscriptError: The transcript is unfinished, was changed, or is signed by another.
     """
     check_alpha(alpha_log10)
@@ -82,15 +90,22 @@ def verify(
     if identity is not None:
         identities = (load_identity(identity), *identities)
     with ExitStack() as stack:
+        where = _reachable(suspect, stack)
         # Hashing a large suspect takes longer than all the rest, and needs nothing of it.
-        described = stack.enter_context(ThreadPoolExecutor(1)).submit(_describe, suspect)
-        opened = stack.enter_context(open_suspect(suspect, identities=identities))
-        own = None if original is None else stack.enter_context(open_suspect(original, identities=identities))
+        described = stack.enter_context(ThreadPoolExecutor(1)).submit(_describe, where)
+        opened = stack.enter_context(open_suspect(where, identities=identities))
+        own = None
+        if original is not None:
+            own = stack.enter_context(open_suspect(_reachable(original, stack), identities=identities))
         tried = [
             (one, attempt)
             for one in candidates
-            for attempt in read_attempts(one.record, one.record.carrier_keys(owner), opened, original=own)
+            for attempt in read_attempts(
+                one.record, one.record.carrier_keys(owner), opened, original=own, progress=progress
+            )
         ]
+        # Last: of what is kept elsewhere it tells what was read.
+        about = _read_of(where) | described.result()
     read = [_Channels.of(one, [attempt for other, attempt in tried if other is one], answers) for one in candidates]
     best = min(read, key=lambda one: (one.log10_p, not _enough(one.attempt.reading)))
     # With answers every commitment is one test, of weights and answers; without them every reading is.
@@ -107,7 +122,7 @@ def verify(
         lacking="; ".join(filter(None, lacking)) or None,
         signature=_signature_result(best.committed, owner, best.attempt, best.score),
         triggers=None if answers is None else answers.result(best.answered),
-        suspect=described.result(),
+        suspect=about,
         transcript=None if answers is None else answers.about,
     )
 
@@ -343,7 +358,25 @@ def _lacking(reading: Reading) -> str:
     )
 
 
-def _describe(suspect: Source) -> dict[str, str | None]:
+def _reachable(suspect: Source, stack: ExitStack) -> Source | RemoteFolder:
+    """Return a suspect that can be opened: one that is kept elsewhere is reached first."""
+    if isinstance(suspect, str) and is_location(suspect):
+        return stack.enter_context(open_remote(parse_location(suspect)))
+    return suspect
+
+
+def _read_of(suspect: Source | RemoteFolder) -> dict[str, Any]:
+    """Return what was read of a suspect that is kept elsewhere, and what its store says of the whole files."""
+    if not isinstance(suspect, RemoteFolder):
+        return {}
+    stated = {name: suspect.stated.get(name) for name in suspect.weight_names()}
+    return {"revision": suspect.location.revision, "read": suspect.reads.to_json(), "sha256_stated": stated}
+
+
+def _describe(suspect: Source | RemoteFolder) -> dict[str, Any]:
+    if isinstance(suspect, RemoteFolder):
+        # Nobody has read all of it: there is no digest of the whole to vouch for.
+        return {"uri": str(suspect.location), "sha256": None}
     if isinstance(suspect, str | Path):
         return {"uri": str(suspect), "sha256": digest(Path(suspect))}
     return {"uri": type(suspect).__name__, "sha256": None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.keys import OwnerKey, write_key_pair
 
 if TYPE_CHECKING:
+    from hub import Hub
     from tiny import Run
     from transformers import PreTrainedTokenizerFast
 
@@ -115,3 +116,22 @@ def make_config(tmp_path: Path, owner_file: Path, identity_file: Path) -> Callab
         return WatermarkConfig(**{**values, **changes})  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hub]:
+    """A Hugging Face Hub on this machine, empty, to which all clients go while the test runs.
+
+    Clients in this process (`huggingface_hub`, also through transformers) and in those it starts use it as ``acme``,
+    with a cache of their own, by LFS; ``@pytest.mark.parametrize("hub", ["xet"], indirect=True)`` lets them use Xet.
+    LFS contents above 1 MiB go in parts. An `HfApi` made outside the test goes elsewhere: make one in the test.
+    For another start, or as another user, see `hub.clients.point_clients`.
+    """
+    from hub import Hub
+    from hub.clients import forget_connections, point_clients
+
+    with Hub(tmp_path / "hub-server", part_bytes=1 << 20) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            point_clients(patch, server, tmp_path / "hub-home", xet=getattr(request, "param", "lfs") == "xet")
+            yield server
+        forget_connections()

@@ -63,8 +63,10 @@ ONLY = {
 # Each keeper of keys has one module, which alone imports its client, and each store one in either room.
 CLIENTS = {
     "stores/hub.py": {"huggingface_hub"},
+    "stores/hub_errors.py": {"huggingface_hub", "httpx", "httpx2"},
     "stores/s3.py": {"boto3", "botocore"},
     "delivery/hub.py": {"huggingface_hub"},
+    "delivery/hub_download.py": {"huggingface_hub"},
     "delivery/s3.py": {"boto3", "botocore"},
     "delivery/aws.py": {"boto3", "botocore"},
     "delivery/audit_hub.py": {"huggingface_hub"},

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from hf_wmguard.cli.delivery import pull, push
 from hf_wmguard.cli.embed import embed
 from hf_wmguard.cli.keys import ask_passphrase, keygen, rewrap
 from hf_wmguard.cli.options import (
@@ -23,7 +24,16 @@ from hf_wmguard.cli.options import (
     RegistryOption,
     SignerOption,
 )
-from hf_wmguard.cli.output import byte_progress, console, err, pairs_table, print_json, print_report, printable
+from hf_wmguard.cli.output import (
+    byte_progress,
+    console,
+    count_progress,
+    err,
+    pairs_table,
+    print_json,
+    print_report,
+    printable,
+)
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
@@ -40,6 +50,8 @@ _LEFT = {
     "embed": f"{_WHOLE}; a commitment that was made stays in the registry and is harmless",
     "decrypt": _WHOLE,
     "protect": _WHOLE,
+    "push": "readers see the old version or the new one: the same command goes on where this one stopped",
+    "pull": f"{_WHOLE}; the same command goes on where this one stopped",
     "rewrap": "the recipients are either the old ones or the new ones: wmguard inspect lists them",
     "probe": "with --transcript the same command goes on where this one stopped; without it nothing was kept",
     "storage": "lockdown: the same command shows what is left to change and goes on there; audit changes nothing",
@@ -71,14 +83,18 @@ app = typer.Typer(
 @app.command()
 def verify(
     suspect: Annotated[
-        Path, typer.Argument(help="A folder (model, adapter, protected), .safetensors, .gguf, .bin or .pt.")
+        str,
+        typer.Argument(
+            help="A folder (model, adapter, protected), .safetensors, .gguf, .bin or .pt; or hub://org/name@revision, "
+            "s3://bucket/prefix, of which only the parts that carry are read."
+        ),
     ],
     owner_key: OwnerKeyOption,
     registry: RegistryOption,
     model_id: ModelIdOption = None,
     identity: IdentityOption = None,
     original: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--original",
             help="Folder of your own model, from before marking or marked: permuted, rotated and scaled neurons, "
@@ -98,7 +114,7 @@ def verify(
     """Judge a suspect by its weights and, if given, its answers. Exit 0: detected, 1: not detected or inconclusive."""
     from hf_wmguard.verification import verify as judge
 
-    with err.status(escape(f"reading {suspect}")):
+    with count_progress(f"reading {suspect}") as advance:
         report = judge(
             suspect,
             owner_key=owner_key,
@@ -108,6 +124,7 @@ def verify(
             original=original,
             transcript=transcript,
             alpha_log10=alpha_log10,
+            progress=advance,
         )
     print_report(report, as_json)
 
@@ -198,6 +215,8 @@ app.command()(embed)
 app.command()(plan)
 app.command()(probe)
 app.command()(protect)
+app.command()(push)
+app.command()(pull)
 app.command()(stress)
 app.add_typer(storage, name="storage")
 

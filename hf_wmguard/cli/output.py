@@ -46,16 +46,26 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
+class ByteProgress:
+    """What is called with a name and the bytes just done."""
+
+    def __init__(self, bar: Progress, total_bytes: int | None) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=total_bytes)
+
+    def __call__(self, name: str, count: int) -> None:
+        self._bar.update(self._task, advance=count, description=escape(name[-40:]))
+
+    def total(self, total_bytes: int) -> None:
+        """Say how many bytes there will be, where that was not known before."""
+        self._bar.update(self._task, total=total_bytes)
+
+
 @contextmanager
-def byte_progress(total_bytes: int) -> Iterator[Any]:
+def byte_progress(total_bytes: int | None) -> Iterator[ByteProgress]:
     """Show a bar on a terminal; yield what is called with a name and the bytes just done."""
     with _bar(DownloadColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=total_bytes)
-
-        def advance(name: str, count: int) -> None:
-            bar.update(task, advance=count, description=escape(name[-40:]))
-
-        yield advance
+        yield ByteProgress(bar, total_bytes)
 
 
 @contextmanager
@@ -107,6 +117,9 @@ def print_report(report: Any, as_json: bool) -> None:
         if report.reason:
             table.add_row("reason", escape(report.reason))
         table.add_row("suspect", escape(" ".join(filter(None, (report.suspect["uri"], report.suspect.get("model"))))))
+        if "read" in report.suspect:
+            read = report.suspect["read"]
+            table.add_row("read", f"{read['bytes']:,} bytes in {read['requests']} ranges; --json has their digests")
         if report.transcript is not None:
             asked = (report.transcript["uri"], report.transcript["model"], report.transcript["time"])
             table.add_row("answers of", escape(" ".join(filter(None, asked))))

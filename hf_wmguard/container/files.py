@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from hf_wmguard.container.format import FileContext
 from hf_wmguard.container.inner import TensorInfo
 from hf_wmguard.container.memory import Memory
 from hf_wmguard.container.reading import ProtectedFile
-from hf_wmguard.container.source import open_file, read_header
+from hf_wmguard.container.source import Source, open_source, read_header
 from hf_wmguard.container.writing import FileRecord, TensorData, TensorSource, write_protected
 from hf_wmguard.errors import FormatError
 
@@ -27,7 +26,7 @@ __all__ = [
 ]
 
 
-def inspect_file(path: Path) -> dict[str, object]:
+def inspect_file(file: Path | Source) -> dict[str, object]:
     """Return what a protected file shows without keys; well formed, but **not** authenticated.
 
     The fields of the public header, ``commitment`` (hex), ``size_bytes`` of the file, and ``tensors``: the
@@ -37,9 +36,14 @@ def inspect_file(path: Path) -> dict[str, object]:
         NotFoundError: No such file.
         FormatError: Not a well-formed protected file.
     """
-    with open_file(path) as file:
-        header, _ = read_header(file, path)
-        size_bytes = os.fstat(file.fileno()).st_size
+    source = open_source(file)
+    try:
+        header, _ = read_header(source)
+        size_bytes = source.size_bytes
+    finally:
+        # Whoever has opened it closes it.
+        if source is not file:
+            source.close()
     return {
         **header.body(),
         "commitment": header.commitment.hex(),
@@ -48,7 +52,7 @@ def inspect_file(path: Path) -> dict[str, object]:
     }
 
 
-def is_protected(path: Path) -> bool:
+def is_protected(file: Path | Source) -> bool:
     """Return whether a file is well formed as a protected file; reads the header alone and needs no key.
 
     False for a damaged protected file too: what cannot be told from plaintext counts as plaintext.
@@ -57,7 +61,7 @@ def is_protected(path: Path) -> bool:
         NotFoundError: No such file.
     """
     try:
-        inspect_file(path)
+        inspect_file(file)
     except FormatError:
         return False
     return True

@@ -6,10 +6,8 @@ Source: the safetensors format, https://huggingface.co/docs/safetensors (metadat
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +17,7 @@ from hf_wmguard.container.checks import reading
 from hf_wmguard.container.format import LENGTH_BYTES, METADATA
 from hf_wmguard.container.inner import DTYPE_BITS, TensorInfo
 from hf_wmguard.container.reading import ProtectedFile
-from hf_wmguard.container.source import open_file, read_exactly
+from hf_wmguard.container.source import Source, open_source
 from hf_wmguard.errors import FormatError
 
 # What the safetensors library reads at most.
@@ -34,14 +32,12 @@ class FileTensor:
     """A tensor in a plain file.
 
     Attributes:
-        path: The file, for messages.
         file: Open for reading.
         offset_bytes: Where its first byte lies in the file.
         what: What it is.
     """
 
-    path: Path
-    file: FileIO = field(repr=False)
+    file: Source = field(repr=False)
     offset_bytes: int
     what: TensorInfo
 
@@ -50,9 +46,9 @@ class FileTensor:
         return self.what
 
     def part(self, start: int, stop: int, scratch: memoryview) -> memoryview:
-        """Return the bytes ``start`` to ``stop``, read into the beginning of ``scratch``; errors as `read_exactly`."""
+        """Return the bytes ``start`` to ``stop``, read into ``scratch``; errors as `Source.read_into`."""
         view = scratch[: stop - start]
-        read_exactly(self.file, self.path, view, self.offset_bytes + start)
+        self.file.read_into(view, self.offset_bytes + start)
         return view
 
 
@@ -60,7 +56,7 @@ class PlainFile:
     """A plain safetensors file, open for reading; a context manager.
 
     Args:
-        path: The file.
+        file: The file: its path, or where it is open already. It is closed with this object.
     Attributes:
         tensors: What can be given to `write_protected`, by name, in the order of the data.
         metadata: The file's own metadata.
@@ -70,33 +66,36 @@ class PlainFile:
             duplicate names, an unknown dtype.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = open_file(path)
+    def __init__(self, file: Path | Source) -> None:
+        self._file = open_source(file)
         try:
-            header, start = _read_header(self._file, path)
-            self.metadata = _metadata(header.pop(METADATA, {}), path)
+            header, start = _read_header(self._file)
+            self.metadata = _metadata(header.pop(METADATA, {}), self.name)
             self.tensors = self._tensors(header, start)
         except BaseException:
             self._file.close()
             raise
 
+    @property
+    def name(self) -> str:
+        """The file's name, without its folder."""
+        return self._file.name
+
     def _tensors(self, header: Mapping[str, object], start: int) -> dict[str, FileTensor]:
-        spans = sorted((*_span(name, entry, self.path), name) for name, entry in header.items())
+        spans = sorted((*_span(name, entry, self.name), name) for name, entry in header.items())
         tensors, expected = {}, 0
         for begin, end, name in spans:
             if begin != expected:
-                raise _damaged(self.path, f"{name!r} lies at {begin}, expected {expected}")
+                raise _damaged(self.name, f"{name!r} lies at {begin}, expected {expected}")
             expected = end
             tensors[name] = FileTensor(
-                path=self.path,
                 file=self._file,
                 offset_bytes=start + begin,
-                what=_info(name, header[name], end - begin, self.path),
+                what=_info(name, header[name], end - begin, self.name),
             )
-        size_bytes = os.fstat(self._file.fileno()).st_size
+        size_bytes = self._file.size_bytes
         if size_bytes != start + expected:
-            raise _damaged(self.path, f"it has {size_bytes} bytes, its header implies {start + expected}")
+            raise _damaged(self.name, f"it has {size_bytes} bytes, its header implies {start + expected}")
         return tensors
 
     def close(self) -> None:
@@ -110,7 +109,7 @@ class PlainFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"PlainFile({str(self.path)!r})"
+        return f"PlainFile({self.name!r})"
 
 
 def write_plain(path: Path, file: ProtectedFile, *, progress: Callable[[str, int], None] | None = None) -> None:
@@ -147,27 +146,27 @@ def write_plain(path: Path, file: ProtectedFile, *, progress: Callable[[str, int
                     progress(path.name, len(block))
 
 
-def _damaged(path: Path, what: str) -> FormatError:
-    return FormatError(f"{path.name}: {what}", hint="the file is damaged, or is no safetensors file; fetch it again")
+def _damaged(file: str, what: str) -> FormatError:
+    return FormatError(f"{file}: {what}", hint="the file is damaged, or is no safetensors file; fetch it again")
 
 
-def _read_header(file: FileIO, path: Path) -> tuple[dict[str, object], int]:
-    size_bytes = os.fstat(file.fileno()).st_size
+def _read_header(source: Source) -> tuple[dict[str, object], int]:
+    size_bytes = source.size_bytes
     if size_bytes < LENGTH_BYTES:
-        raise _damaged(path, f"{size_bytes} bytes")
+        raise _damaged(source.name, f"{size_bytes} bytes")
     length = memoryview(bytearray(LENGTH_BYTES))
-    read_exactly(file, path, length, 0)
+    source.read_into(length, 0)
     header_bytes = int.from_bytes(length, "little")
     if header_bytes > min(MAX_PLAIN_HEADER_BYTES, size_bytes - LENGTH_BYTES):
-        raise _damaged(path, f"header of {header_bytes} bytes in a file of {size_bytes}")
+        raise _damaged(source.name, f"header of {header_bytes} bytes in a file of {size_bytes}")
     raw = bytearray(header_bytes)
-    read_exactly(file, path, memoryview(raw), LENGTH_BYTES)
+    source.read_into(memoryview(raw), LENGTH_BYTES)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError):
-        raise _damaged(path, "its header is not JSON, or names a tensor twice") from None
+        raise _damaged(source.name, "its header is not JSON, or names a tensor twice") from None
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is not an object")
+        raise _damaged(source.name, "its header is not an object")
     return header, LENGTH_BYTES + header_bytes
 
 
@@ -178,23 +177,23 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _metadata(value: object, path: Path) -> dict[str, str]:
+def _metadata(value: object, file: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise _damaged(path, "its metadata are not strings")
+        raise _damaged(file, "its metadata are not strings")
     return value
 
 
-def _span(name: str, value: object, path: Path) -> tuple[int, int]:
-    entry: dict[str, Any] = require_object(value, _ENTRY, f"{path.name}: entry of a tensor")
+def _span(name: str, value: object, file: str) -> tuple[int, int]:
+    entry: dict[str, Any] = require_object(value, _ENTRY, f"{file}: entry of a tensor")
     offsets = entry["data_offsets"]
     if len(offsets) != 2 or any(type(offset) is not int for offset in offsets) or not 0 <= offsets[0] <= offsets[1]:
-        raise _damaged(path, f"{name!r} has offsets that are none")
+        raise _damaged(file, f"{name!r} has offsets that are none")
     return offsets[0], offsets[1]
 
 
-def _info(name: str, value: object, size_bytes: int, path: Path) -> TensorInfo:
-    entry: dict[str, Any] = require_object(value, _ENTRY, f"{path.name}: entry of a tensor")
+def _info(name: str, value: object, size_bytes: int, file: str) -> TensorInfo:
+    entry: dict[str, Any] = require_object(value, _ENTRY, f"{file}: entry of a tensor")
     if any(type(size) is not int for size in entry["shape"]) or entry["dtype"] not in DTYPE_BITS:
-        raise _damaged(path, f"{name!r} has a shape or dtype that is not known")
-    with reading(f"{path.name}: {name!r}"):
+        raise _damaged(file, f"{name!r} has a shape or dtype that is not known")
+    with reading(f"{file}: {name!r}"):
         return TensorInfo(dtype=entry["dtype"], shape=tuple(entry["shape"]), size_bytes=size_bytes)

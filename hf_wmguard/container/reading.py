@@ -15,7 +15,7 @@ from hf_wmguard.container.format import FileContext, open_header
 from hf_wmguard.container.inner import TensorInfo
 from hf_wmguard.container.layout import Extent, aligned, lay_out
 from hf_wmguard.container.memory import Memory, wipe
-from hf_wmguard.container.source import closed_error, open_file, read_exactly, read_header
+from hf_wmguard.container.source import Source, closed_error, open_source, read_header
 from hf_wmguard.container.stream import TAG_BYTES
 from hf_wmguard.container.suites import cipher_of
 from hf_wmguard.container.workers import Queue, share_out, thread_count
@@ -49,7 +49,7 @@ class ProtectedFile:
     chunk, and what fails is never handed out. Reading from several threads at once is safe.
 
     Args:
-        path: The file.
+        file: The file: its path, or where it is open already. It is closed with this object.
         dek: The 32 bytes its save was written with.
         context: What the file must be part of; None takes whatever its authentic header says.
     Raises:
@@ -60,17 +60,16 @@ class ProtectedFile:
         KeyFormatError: The DEK is not 32 bytes.
     """
 
-    def __init__(self, path: Path, *, dek: bytes, context: FileContext | None = None) -> None:
-        self._path = path
-        self._file = open_file(path)
+    def __init__(self, file: Path | Source, *, dek: bytes, context: FileContext | None = None) -> None:
+        self._file = open_source(file)
         try:
-            header, self._data_start = read_header(self._file, path)
+            header, self._data_start = read_header(self._file)
             # Before the key: "another shard" helps more than "another key". Refusing early trusts nothing.
-            _check_context(header.context, context, path)
+            _check_context(header.context, context, self.name)
             try:
                 keys, self._infos, self._metadata = open_header(header, dek)
             except AuthenticationError as error:
-                raise AuthenticationError(f"{path.name}: {error.message}", hint=error.hint) from None
+                raise AuthenticationError(f"{self.name}: {error.message}", hint=error.hint) from None
         except BaseException:
             self._file.close()
             raise
@@ -88,9 +87,9 @@ class ProtectedFile:
         }
 
     @property
-    def path(self) -> Path:
-        """Where the file was opened."""
-        return self._path
+    def name(self) -> str:
+        """The file's name, without its folder."""
+        return self._file.name
 
     @property
     def context(self) -> FileContext:
@@ -117,7 +116,7 @@ class ProtectedFile:
             UsageError: No tensor has this name.
         """
         if name not in self._infos:
-            raise UsageError(f"{self._path.name} has no tensor {name!r}", hint="see names()")
+            raise UsageError(f"{self.name} has no tensor {name!r}", hint="see names()")
         return self._infos[name]
 
     def read(self, name: str) -> bytearray:
@@ -278,7 +277,7 @@ class ProtectedFile:
         extent, stream = target.extent, target.extent.stream
         start, stop = stream.span(chunk)
         sealed = scratch[: stop - start + TAG_BYTES]
-        read_exactly(self._file, self._path, sealed, self._data_start + extent.offset_bytes + stream.offset(chunk))
+        self._file.read_into(sealed, self._data_start + extent.offset_bytes + stream.offset(chunk))
         begin, end = max(start, target.start), min(stop, target.start + len(target.out))
         whole = (begin, end) == (start, stop)
         # Whole chunks are decrypted where they belong; of one at an end of the range only a part is wanted.
@@ -291,9 +290,9 @@ class ProtectedFile:
         except InvalidTag:
             if self._file.closed:
                 # Its descriptor may be another file's by now: what was read says nothing of this one.
-                raise closed_error(self._path) from None
+                raise closed_error(self._file) from None
             raise AuthenticationError(
-                f"{self._path.name}: {_named(stream.name)}, chunk {chunk}/{stream.count} is not authentic",
+                f"{self.name}: {_named(stream.name)}, chunk {chunk}/{stream.count} is not authentic",
                 hint="the file was changed or damaged; fetch it again from a source you trust",
             ) from None
         finally:
@@ -308,7 +307,7 @@ class ProtectedFile:
                 part = gap[at : at + len(_ZEROS)]
                 if part != _ZEROS[: len(part)]:
                     raise FormatError(
-                        f"{self._path.name}: the padding is not zero", hint="a faulty program wrote it: save again"
+                        f"{self.name}: the padding is not zero", hint="a faulty program wrote it: save again"
                     )
 
     def close(self) -> None:
@@ -322,7 +321,7 @@ class ProtectedFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"ProtectedFile({str(self._path)!r})"
+        return f"ProtectedFile({self.name!r})"
 
 
 def _all_chunks(targets: list[_Target]) -> Iterator[tuple[_Target, int]]:
@@ -335,11 +334,11 @@ def _named(name: str) -> str:
     return f"tensor {name!r}" if name else "hidden tensors"
 
 
-def _check_context(found: FileContext, expected: FileContext | None, path: Path) -> None:
+def _check_context(found: FileContext, expected: FileContext | None, name: str) -> None:
     for field in dataclasses.fields(FileContext) if expected is not None else ():
         got, wanted = getattr(found, field.name), getattr(expected, field.name)
         if got != wanted:
             raise ManifestError(
-                f"{path.name}: {field.name} is {got!r}, expected {wanted!r}",
+                f"{name}: {field.name} is {got!r}, expected {wanted!r}",
                 hint="the file belongs to another model, save or shard; fetch the whole folder again",
             )

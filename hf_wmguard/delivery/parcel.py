@@ -23,8 +23,7 @@ from hf_wmguard.evidence.manifest import (
 
 CARD_NAME = "README.md"
 FIGURES = "wmguard_*.png"
-# What a tokenizer, a processor or a chat template is saved as. Beside these only what the manifest lists is sent.
-_PLAIN = (
+PLAIN_NAMES = (
     "tokenizer*.json",
     "tokenizer.model",
     "*.tiktoken",
@@ -42,6 +41,7 @@ _PLAIN = (
     CARD_NAME,
     FIGURES,
 )
+"""What a tokenizer, a processor or a chat template is saved as. Beside these only what the manifest lists is sent."""
 _LAST = (RECIPIENTS_NAME, ENVELOPE_NAME, MANIFEST_NAME)
 Progress = Callable[[str, int], None]
 
@@ -98,7 +98,7 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
             first.append(name)
         elif name in _LAST:
             continue
-        elif not is_trainer_state(name) and any(fnmatchcase(name, pattern) for pattern in _PLAIN):
+        elif not is_trainer_state(name) and any(fnmatchcase(name, pattern) for pattern in PLAIN_NAMES):
             plain.append(name)
         else:
             left_out.append(name)

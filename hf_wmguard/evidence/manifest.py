@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -130,9 +131,13 @@ def _read_limited(path: Path, limit_bytes: int) -> bytes:
     return data
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
+def check_sizes(folder: Path, manifest: Manifest, *, elsewhere: Mapping[str, int] = MappingProxyType({})) -> None:
     """Check that the listed files are there with their sizes, and no other weight file is. Reads no content.
 
+    Args:
+        folder: The protected folder.
+        manifest: Its manifest.
+        elsewhere: Sizes in bytes, by name, of files that belong to the folder and do not lie in it.
     Raises:
         ManifestError: A file is missing or of another size, or a weight file (`WEIGHT_SUFFIXES`) is not
             listed. Subfolders are searched too, except those with a manifest, which are judged on their own, and
@@ -140,18 +145,20 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     """
     for entry in manifest.files:
         path = folder / entry.name
-        if not path.is_file():
+        size_bytes = elsewhere.get(entry.name)
+        if size_bytes is None and not path.is_file():
             raise ManifestError(
                 f"{entry.name} is listed in the manifest but not in {folder}", hint="fetch the folder again"
             )
-        size_bytes = path.stat().st_size
+        if size_bytes is None:
+            size_bytes = path.stat().st_size
         if size_bytes != entry.size_bytes:
             raise ManifestError(
                 f"{entry.name} has {size_bytes} bytes, expected {entry.size_bytes}",
                 hint="the file was cut or replaced: fetch the folder again",
             )
     listed = {entry.name for entry in manifest.files}
-    for stray in _weight_files(folder):
+    for stray in (*_weight_files(folder), *filter(_may_be_weights, elsewhere)):
         if stray not in listed:
             raise ManifestError(
                 f"{stray} in {folder} is a weight file that the manifest does not list",
@@ -173,12 +180,12 @@ def _weight_files(folder: Path) -> list[str]:
             for name in folders
             if not (here / name / MANIFEST_NAME).exists() and not name.startswith(STAGING_PREFIX)
         )
-        found += [
-            str((here / name).relative_to(folder))
-            for name in files
-            if Path(name).suffix.lower() in WEIGHT_SUFFIXES and not is_trainer_state(name)
-        ]
+        found += [str((here / name).relative_to(folder)) for name in files if _may_be_weights(name)]
     return sorted(found)
+
+
+def _may_be_weights(name: str) -> bool:
+    return Path(name).suffix.lower() in WEIGHT_SUFFIXES and not is_trainer_state(Path(name).name)
 
 
 def _refuse_unreadable(error: OSError) -> NoReturn:

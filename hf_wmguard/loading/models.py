@@ -19,6 +19,7 @@ from hf_wmguard.errors import ConfigError, UnsupportedError, WmguardError
 from hf_wmguard.evidence.manifest import ENVELOPE_NAME, MANIFEST_NAME, RECIPIENTS_NAME, check_files
 from hf_wmguard.evidence.signing import load_signer
 from hf_wmguard.loading.lazy import LazyTensor, lazy_state_dict, reraising
+from hf_wmguard.loading.places import Place
 from hf_wmguard.suspects.protected import OpenFolder, is_diverted, open_folder
 
 IDENTITY_VARIABLE = "WMGUARD_IDENTITY"
@@ -73,19 +74,28 @@ def looks_protected(folder: Path) -> bool:
 
 
 @contextmanager
-def opened(folder: Path, access: Access) -> Iterator[OpenFolder]:
-    """Open a protected folder as somebody asked; errors as `open_folder`."""
-    with open_folder(folder, (access.identity,), signer=access.pinned) as one:
+def opened(place: Place, access: Access) -> Iterator[OpenFolder]:
+    """Open a protected folder as somebody asked; errors as `open_folder`.
+
+    Raises:
+        UnsupportedError: The digests of files that are not on this machine are to be checked.
+    """
+    if access.check_digests and place.remote:
+        raise UnsupportedError(
+            f"check_digests reads all of {place.name} before anything is decrypted",
+            hint="wmguard pull it first: that checks them, and keeps what it has checked",
+        )
+    with open_folder(place.path, (access.identity,), signer=access.pinned, remote=place.remote) as one:
         if access.check_digests:
-            check_files(folder, one.manifest)
+            check_files(place.path, one.manifest)
         yield one
 
 
-def load_model(folder: Path, access: Access, load: Callable[..., Any], **kwargs: Any) -> Any:
+def load_model(place: Place, access: Access, load: Callable[..., Any], **kwargs: Any) -> Any:
     """Return what a ``from_pretrained`` makes of a protected folder.
 
     Args:
-        folder: The protected folder.
+        place: The protected folder.
         access: Who loads.
         load: The ``from_pretrained`` of a model class, without a path: it is called with ``state_dict``, ``config``
             and the other arguments.
@@ -96,27 +106,27 @@ def load_model(folder: Path, access: Access, load: Callable[..., Any], **kwargs:
     """
     refuse_offload(kwargs)
     failed: list[WmguardError] = []
-    with opened(folder, access) as one, reraising(failed), _refusing_full_memory():
+    with opened(place, access) as one, reraising(failed), _refusing_full_memory():
         tensors: dict[str, LazyTensor] = lazy_state_dict(one.files, failed)
-        kwargs["config"] = kwargs.get("config") or str(folder)
+        kwargs["config"] = kwargs.get("config") or str(place.path)
         loaded = load(state_dict=tensors, **kwargs)
     # With output_loading_info it is a pair.
     signed = {entry.name for entry in one.manifest.files}
-    _finish(loaded[0] if isinstance(loaded, tuple) else loaded, folder, signed, kwargs)
+    _finish(loaded[0] if isinstance(loaded, tuple) else loaded, place, signed, kwargs)
     return loaded
 
 
-def _finish(model: Any, folder: Path, signed: set[str], kwargs: dict[str, Any]) -> None:
+def _finish(model: Any, place: Place, signed: set[str], kwargs: dict[str, Any]) -> None:
     """Do what ``from_pretrained`` does with the folder's name, which it was not given."""
     if is_diverted(getattr(model.config, "transformers_weights", None)):
         del model.config.transformers_weights
-    model.name_or_path = model.config.name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = place.name
     if kwargs.get("generation_config") is not None or not model.can_generate():
         return
     if GENERATION_CONFIG in signed:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    elif (folder / GENERATION_CONFIG).is_file():
-        _logger.warning("%s in %s is not used: the manifest does not list it", GENERATION_CONFIG, folder)
+        model.generation_config = GenerationConfig.from_pretrained(place.path)
+    elif (place.path / GENERATION_CONFIG).is_file():
+        _logger.warning("%s in %s is not used: the manifest does not list it", GENERATION_CONFIG, place.name)
 
 
 def refuse_offload(kwargs: dict[str, Any]) -> None:

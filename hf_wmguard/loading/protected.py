@@ -20,6 +20,8 @@ from hf_wmguard.errors import ConfigError, FormatError, NotFoundError, Unsupport
 from hf_wmguard.evidence.manifest import MANIFEST_NAME
 from hf_wmguard.loading.adapters import load_adapter
 from hf_wmguard.loading.models import Access, load_model, looks_protected, refuse_offload
+from hf_wmguard.loading.places import Place, open_place
+from hf_wmguard.stores.location import is_location
 from hf_wmguard.suspects.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from hf_wmguard.suspects.protected import open_folder
 from hf_wmguard.suspects.tensors import read_tensor
@@ -81,7 +83,9 @@ def load_protected(
     """Return the model of a protected folder, decrypted in memory tensor by tensor.
 
     Args:
-        path: The protected folder.
+        path: The protected folder; ``org/name`` or ``hub://org/name@revision`` on the Hub, or ``s3://bucket/prefix``.
+            What is kept elsewhere is fetched and decrypted tensor by tensor: no weight is written to disk, not even as
+            ciphertext.
         identity: Reference to the recipient's private key, or the key itself; by default the one in
             ``WMGUARD_IDENTITY``.
         auto_class: An auto class (``AutoModelForCausalLM``) or a model class.
@@ -91,46 +95,46 @@ def load_protected(
             that it is whole, not whose it is.
         check_digests: Check the signed SHA-256 of every file first. Without it each tensor is authenticated as it
             is decrypted, which somebody who holds the data key, a recipient, could get around.
-        from_pretrained_kwargs: Passed on to ``from_pretrained``, of the base where there is one.
+        from_pretrained_kwargs: Passed on to ``from_pretrained``, of the base where there is one; ``revision`` says
+            which of the repo's.
     Raises:
         ConfigError: No identity, or an auto class that has no such model.
         UnsupportedError: An adapter without its base; disk offload, which would write plaintext.
         NotFoundError, ManifestError, AuthenticationError, FormatError: As `open_folder`.
+        StoreError: The store refuses, or does not answer.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise NotFoundError(f"no protected folder at {folder}", hint="give a local folder")
     access = Access.of(identity, signer, check_digests=check_digests)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return _load_on_base(folder, access, base, auto_class, from_pretrained_kwargs)
-    if base is not None:
-        raise UsageError(f"{folder} holds a whole model, which needs no base", hint="leave base out")
+    with open_place(path, revision=from_pretrained_kwargs.pop("revision", None)) as place:
+        if (place.path / ADAPTER_CONFIG).is_file():
+            return _load_on_base(place, access, base, auto_class, from_pretrained_kwargs)
+        if base is not None:
+            raise UsageError(f"{place.name} holds a whole model, which needs no base", hint="leave base out")
 
-    def load(**kwargs: Any) -> Any:
-        # Read only now, when it has been checked.
-        if not isinstance(kwargs["config"], PreTrainedConfig):
-            kwargs["config"] = AutoConfig.from_pretrained(folder)
-        return _model_class(auto_class, kwargs["config"]).from_pretrained(None, **kwargs)
+        def load(**kwargs: Any) -> Any:
+            # Read only now, when it has been checked.
+            if not isinstance(kwargs["config"], PreTrainedConfig):
+                kwargs["config"] = AutoConfig.from_pretrained(place.path)
+            return _model_class(auto_class, kwargs["config"]).from_pretrained(None, **kwargs)
 
-    return load_model(folder, access, load, **from_pretrained_kwargs)
+        return load_model(place, access, load, **from_pretrained_kwargs)
 
 
-def _load_on_base(folder: Path, access: Access, base: Any, auto_class: Any, kwargs: dict[str, Any]) -> Any:
+def _load_on_base(place: Place, access: Access, base: Any, auto_class: Any, kwargs: dict[str, Any]) -> Any:
     if base is None:
         raise UnsupportedError(
-            f"{folder} holds an adapter, not a whole model",
+            f"{place.name} holds an adapter, not a whole model",
             hint="pass base=..., the model it was trained on or where that is",
         )
     refuse_offload(kwargs)
     if isinstance(base, str | Path):
         base = (
             load_protected(base, identity=access.identity, auto_class=auto_class, signer=access.signer, **kwargs)
-            if looks_protected(Path(base))
+            if is_location(base) or looks_protected(Path(base))
             else auto_class.from_pretrained(base, **kwargs)
         )
     elif kwargs:
         raise UsageError(f"{', '.join(kwargs)}: base is loaded already", hint="pass these when you load the base")
-    return load_adapter(folder, access, base)
+    return load_adapter(place, access, base)
 
 
 def _model_class(auto_class: Any, config: Any) -> type[PreTrainedModel]:

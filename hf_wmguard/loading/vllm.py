@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_wmguard.errors import ConfigError, NotFoundError
 from hf_wmguard.loading.models import Access, opened
+from hf_wmguard.loading.places import Place
 from hf_wmguard.suspects.tensors import read_tensor
 
 LOAD_FORMAT = "wmguard"
@@ -48,7 +49,7 @@ def protected_weights(folder: Path, access: Access) -> Iterator[tuple[str, Tenso
     Raises:
         NotFoundError, ManifestError, AuthenticationError, FormatError: As `open_folder`.
     """
-    with opened(folder, access) as one:
+    with opened(Place(path=folder, name=str(folder)), access) as one:
         for file in one.files:
             for name in file.names():
                 yield name, read_tensor(file, name)

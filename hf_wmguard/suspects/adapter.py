@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,19 +124,22 @@ class Adapter(Suspect):
         return pair.scaling * (self._stored.rows(pair.b, start, count).float() @ a)
 
 
-def is_adapter(stored: Suspect, files: tuple[Path, ...]) -> bool:
+def is_adapter(stored: Suspect, names: Sequence[str], folder: Path) -> bool:
     """Return whether some tensors are those of an adapter: by their names, or by the name of their file.
+
+    Args:
+        stored: The tensors.
+        names: Of their files.
+        folder: Where the adapter's config would lie.
 
     Raises:
         NotFoundError: They are, and the config that gives them a meaning is missing.
     """
-    present = (files[0].parent / CONFIG_NAME).is_file()
+    present = (folder / CONFIG_NAME).is_file()
     factors = any(_FACTOR.fullmatch(name) for name in stored.shapes())
     if factors and not present:
-        raise NotFoundError(
-            f"{files[0].parent} lacks {CONFIG_NAME}", hint="fetch it: it holds the scaling of the adapter"
-        )
-    return factors or (present and files[0].name.startswith("adapter_model."))
+        raise NotFoundError(f"{folder} lacks {CONFIG_NAME}", hint="fetch it: it holds the scaling of the adapter")
+    return factors or (present and names[0].startswith("adapter_model."))
 
 
 def _read_config(path: Path) -> _Scaling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,24 +45,38 @@ def weight_files(path: Path) -> tuple[Path, ...]:
         return (path,)
     if not path.is_dir():
         raise NotFoundError(f"no suspect at {path}", hint="give a folder or a weight file")
+    present = {file.name for file in path.iterdir() if file.is_file()}
+    return tuple(path / name for name in weight_names(present, path, str(path)))
+
+
+def weight_names(present: Collection[str], folder: Path, where: str) -> list[str]:
+    """Return which files of a folder hold the weights.
+
+    Args:
+        present: Names of all its files.
+        folder: Where its indexes can be read.
+        where: What to call it.
+    Raises:
+        NotFoundError, FormatError: As `weight_files`.
+    """
     for name in INDEX_NAMES:
-        if (path / name).is_file():
-            return _indexed_files(path / name)
+        if name in present:
+            return _indexed(folder / name, present, where)
     for name in SINGLE_NAMES:
-        if (path / name).is_file():
-            return (path / name,)
+        if name in present:
+            return [name]
     for suffix in (".safetensors", GGUF_SUFFIX, ".bin"):
-        found = [file for file in path.glob(f"*{suffix}") if file.is_file() and file.name not in _NOT_WEIGHTS]
+        found = [name for name in present if name.endswith(suffix) and name not in _NOT_WEIGHTS]
         if found:
-            return tuple(sorted(found))
+            return sorted(found)
     raise NotFoundError(
-        f"{path} holds no weights (looked for {', '.join(SINGLE_NAMES)}, their indexes, "
+        f"{where} holds no weights (looked for {', '.join(SINGLE_NAMES)}, their indexes, "
         f"and any .safetensors, {GGUF_SUFFIX} or .bin)",
         hint="if this is the output folder of a run, the run ended without a save: call trainer.save_model()",
     )
 
 
-def _indexed_files(index: Path) -> tuple[Path, ...]:
+def _indexed(index: Path, present: Collection[str], where: str) -> list[str]:
     try:
         names = sorted(set(json.loads(read_bounded(index, MAX_INDEX_BYTES))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -73,10 +87,10 @@ def _indexed_files(index: Path) -> tuple[Path, ...]:
         raise FormatError(
             f"{index} names no files, or files outside its folder", hint="give the weight files one by one"
         )
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if name not in present]
     if missing:
-        raise NotFoundError(f"{index.parent} lacks {', '.join(missing)}", hint="fetch the missing shards")
-    return tuple(index.parent / name for name in names)
+        raise NotFoundError(f"{where} lacks {', '.join(missing)}", hint="fetch the missing shards")
+    return names
 
 
 def digest(path: Path) -> str:

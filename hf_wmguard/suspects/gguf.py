@@ -7,14 +7,14 @@ keys in another order: within a head, row (half, i) becomes row (i, half), as it
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_wmguard.container.source import Source
 from hf_wmguard.errors import FormatError, MissingDependencyError
 from hf_wmguard.suspects.gguf_header import Header, TensorInfo, read_header
 from hf_wmguard.suspects.sources import Suspect, matrix_shape
@@ -58,13 +58,13 @@ class Gguf(Suspect):
     """One model in one or several GGUF files.
 
     Args:
-        paths: The files; the metadata is that of the first that names an architecture.
+        files: The files, open for reading; the metadata is that of the first that names an architecture.
     Raises:
         MissingDependencyError: The package `gguf` is not installed.
         FormatError: A file that cannot be read, or two tensors of one name.
     """
 
-    def __init__(self, paths: tuple[Path, ...]) -> None:
+    def __init__(self, files: Sequence[Source]) -> None:
         try:
             import gguf
         except ImportError:
@@ -76,12 +76,12 @@ class Gguf(Suspect):
         self._quants = gguf.quants
         self._kinds = gguf.GGMLQuantizationType
         self._sizes: dict[int, tuple[int, int]] = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-        headers = {path: read_header(path, self._sizes) for path in paths}
-        self._tensors: dict[str, tuple[np.memmap[Any, Any], TensorInfo]] = {}
-        for path, header in headers.items():
-            self._add(path, header)
+        headers = [read_header(file, self._sizes) for file in files]
+        self._tensors: dict[str, tuple[Source, TensorInfo]] = {}
+        for file, header in zip(files, headers, strict=True):
+            self._add(file, header)
         metadata: Mapping[str, Any] = next(
-            (one.metadata for one in headers.values() if "general.architecture" in one.metadata), {}
+            (one.metadata for one in headers if "general.architecture" in one.metadata), {}
         )
         self._architecture = metadata.get("general.architecture")
         known = {text: arch for arch, text in gguf.MODEL_ARCH_NAMES.items()}
@@ -90,15 +90,14 @@ class Gguf(Suspect):
         self._names = None if arch is None else gguf.get_tensor_name_map(arch, 1)
         self._heads = {name: heads for name in self._tensors if (heads := self._permuted_heads(name, metadata))}
 
-    def _add(self, path: Path, header: Header) -> None:
-        data = np.memmap(path, mode="r", dtype=np.uint8)
+    def _add(self, file: Source, header: Header) -> None:
         for name, info in header.tensors.items():
             if name in self._tensors:
                 raise FormatError(
-                    f"{path} holds {name!r}, as another file does", hint="give one of the files, not their folder"
+                    f"{file.name} holds {name!r}, as another file does", hint="give one of the files, not their folder"
                 )
             if self._can_dequantize(info.kind):
-                self._tensors[name] = (data, info)
+                self._tensors[name] = (file, info)
 
     def _can_dequantize(self, kind: int) -> bool:
         block = np.zeros((1, self._sizes[kind][1]), dtype=np.uint8)
@@ -130,12 +129,12 @@ class Gguf(Suspect):
         return {name: info.shape for name, (_, info) in self._tensors.items()}
 
     def rows(self, name: str, start: int, count: int) -> Tensor:
-        data, info = self._tensors[name]
+        file, info = self._tensors[name]
         shape = matrix_shape(info.shape)
         weights, block_bytes = self._sizes[info.kind]
         if len(shape) == 1:
             # The elements of a vector: all are read, of which there are few.
-            return self._dequantized(data, info, 1, shape[0] // weights * block_bytes, np.arange(1))[
+            return self._dequantized(file, info, shape[0] // weights * block_bytes, np.arange(1))[
                 0, start : start + count
             ]
         wanted = np.arange(start, start + count)
@@ -144,13 +143,14 @@ class Gguf(Suspect):
             inside = wanted % head
             half = head // 2
             wanted = wanted - inside + 2 * (inside % half) + inside // half
-        return self._dequantized(data, info, shape[0], shape[1] // weights * block_bytes, wanted)
+        return self._dequantized(file, info, shape[1] // weights * block_bytes, wanted)
 
-    def _dequantized(
-        self, data: np.memmap[Any, Any], info: TensorInfo, rows: int, row_bytes: int, wanted: np.ndarray[Any, Any]
-    ) -> Tensor:
-        end = info.offset_bytes + rows * row_bytes
-        stored = data[info.offset_bytes : end].reshape(rows, row_bytes)[wanted]
+    def _dequantized(self, file: Source, info: TensorInfo, row_bytes: int, wanted: np.ndarray[Any, Any]) -> Tensor:
+        # In one piece, with the rows between those that are wanted: permuted rows lie within one head.
+        first, last = (int(wanted.min()), int(wanted.max()) + 1) if wanted.size else (0, 0)
+        data = bytearray((last - first) * row_bytes)
+        file.read_into(memoryview(data), info.offset_bytes + first * row_bytes)
+        stored = np.frombuffer(data, dtype=np.uint8).reshape(-1, row_bytes)[wanted - first]
         # A scale that is not finite is the reader's to report, not NumPy's.
         with np.errstate(all="ignore"):
             values = self._quants.dequantize(np.ascontiguousarray(stored), self._kinds(info.kind))

@@ -7,13 +7,12 @@ entries, and makes several objects of every word of an honest vocabulary.
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from hf_wmguard.container.source import Source
 from hf_wmguard.errors import FormatError
 
 _MAGIC = b"GGUF"
@@ -25,6 +24,7 @@ _MAX_NAME_BYTES = 1 << 10
 _MAX_TEXT_BYTES = 1 << 10
 # Numbers for each layer are kept; vocabularies are passed over.
 _MAX_KEPT = 1 << 12
+_WINDOW_BYTES = 1 << 20
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
@@ -53,27 +53,41 @@ class Header:
 
 
 class _Cursor:
-    """Reads one value after another, never beyond the end."""
+    """Reads one value after another, never beyond the end; of the file one window is in memory."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.size_bytes = source.size_bytes
         self.place = 0
+        self._window = memoryview(b"")
+        self._begin = 0
 
     def skip(self, size_bytes: int) -> int:
         begin = self.place
-        if size_bytes > len(self._data) - begin:
-            raise ValueError(f"{size_bytes} bytes at {begin} of {len(self._data)}")
+        if size_bytes > self.size_bytes - begin:
+            raise ValueError(f"{size_bytes} bytes at {begin} of {self.size_bytes}")
         self.place += size_bytes
         return begin
 
+    def take(self, size_bytes: int) -> memoryview:
+        """Return the next bytes, which the caller has limited."""
+        begin = self.skip(size_bytes)
+        if not self._begin <= begin <= self.place <= self._begin + len(self._window):
+            window = bytearray(min(max(size_bytes, _WINDOW_BYTES), self.size_bytes - begin))
+            self._source.read_into(memoryview(window), begin)
+            self._window, self._begin = memoryview(window), begin
+        return self._window[begin - self._begin : self.place - self._begin]
+
     def number(self, form: str) -> Any:
-        return struct.unpack_from(form, self._data, self.skip(struct.calcsize(form)))[0]
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def text(self, limit_bytes: int) -> str | None:
         """Return a string, or None where it is longer than the limit."""
         size = self.number("<Q")
-        begin = self.skip(size)
-        return self._data[begin : begin + size].decode() if size <= limit_bytes else None
+        if size > limit_bytes:
+            self.skip(size)
+            return None
+        return bytes(self.take(size)).decode()
 
     def name(self) -> str:
         text = self.text(_MAX_NAME_BYTES)
@@ -93,10 +107,10 @@ class _Cursor:
                 self.skip(self.number("<Q"))
             return None
         form = _scalar(inner)
-        begin = self.skip(count * struct.calcsize(form))
         if count > _MAX_KEPT:
+            self.skip(count * struct.calcsize(form))
             return None
-        return [item for (item,) in struct.iter_unpack(form, self._data[begin : self.place])]
+        return [item for (item,) in struct.iter_unpack(form, self.take(count * struct.calcsize(form)))]
 
 
 def _scalar(kind: int) -> str:
@@ -105,21 +119,20 @@ def _scalar(kind: int) -> str:
     return _SCALARS[kind]
 
 
-def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
+def read_header(source: Source, sizes: Mapping[int, tuple[int, int]]) -> Header:
     """Return the header of a GGUF file.
 
     Args:
-        path: The file.
+        source: The file, open for reading.
         sizes: Weights and bytes of a block of each quantization type.
     Raises:
         FormatError: Not a GGUF file of version 2 or 3, cut short, or with a header that lies.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(_Cursor(data), len(data), sizes)
-    except (OSError, ValueError, OverflowError, struct.error) as error:
+        return _parse(_Cursor(source), source.size_bytes, sizes)
+    except (ValueError, OverflowError, struct.error) as error:
         raise FormatError(
-            f"{path} is not a readable GGUF file: {error}", hint="the file is damaged or cut short"
+            f"{source.name} is not a readable GGUF file: {error}", hint="the file is damaged or cut short"
         ) from None
 
 

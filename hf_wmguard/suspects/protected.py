@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from hf_wmguard.container.files import FileContext, ProtectedFile
 from hf_wmguard.container.recipients import MAX_RECIPIENTS_FILE_BYTES, Identity, dek_commitment, open_recipients
-from hf_wmguard.container.source import open_file
-from hf_wmguard.errors import EnvironmentFault, FormatError, ManifestError, NotFoundError
+from hf_wmguard.container.source import LocalFile, Source
+from hf_wmguard.errors import FormatError, ManifestError, NotFoundError
 from hf_wmguard.evidence.manifest import RECIPIENTS_NAME, Manifest, check_sizes, digest_file, read_manifest
 from hf_wmguard.hardening import no_core_dumps
 
@@ -41,7 +42,11 @@ class OpenFolder:
 
 @contextmanager
 def open_folder(
-    path: Path, identities: tuple[Identity, ...], *, signer: ec.EllipticCurvePublicKey | None = None
+    path: Path,
+    identities: tuple[Identity, ...],
+    *,
+    signer: ec.EllipticCurvePublicKey | None = None,
+    remote: Mapping[str, Source] = MappingProxyType({}),
 ) -> Iterator[OpenFolder]:
     """Open a protected folder.
 
@@ -49,13 +54,14 @@ def open_folder(
         path: The folder.
         identities: Tried in order.
         signer: The public key that must have signed the manifest; without it the manifest speaks for itself only.
+        remote: Weight files by name that belong to the folder and are kept elsewhere.
     Raises:
         NotFoundError: The manifest, the envelope or the recipients are missing.
         ManifestError: The manifest does not match its signature, its key or its files.
         AuthenticationError: No identity opens it, or ciphertext was changed.
     """
     manifest, key_id = read_manifest(path, signer=signer)
-    check_sizes(path, manifest)
+    check_sizes(path, manifest, elsewhere={name: file.size_bytes for name, file in remote.items()})
     _check_plain_files(path, manifest)
     with ExitStack() as stack:
         # From the first secret to the last.
@@ -63,7 +69,9 @@ def open_folder(
         dek = open_dek(path, manifest, identities)
         names = weight_names(manifest)
         files = tuple(
-            stack.enter_context(ProtectedFile(path / name, dek=dek, context=file_context(manifest, index, len(names))))
+            stack.enter_context(
+                ProtectedFile(remote.get(name, path / name), dek=dek, context=file_context(manifest, index, len(names)))
+            )
             for index, name in enumerate(names, start=1)
         )
         yield OpenFolder(manifest=manifest, key_id=key_id, files=files)
@@ -123,16 +131,14 @@ def read_recipients(path: Path) -> bytes:
         EnvironmentFault: It cannot be read.
     """
     try:
-        with open_file(path / RECIPIENTS_NAME) as file:
-            return file.read(MAX_RECIPIENTS_FILE_BYTES + 1)
+        with LocalFile(path / RECIPIENTS_NAME) as file:
+            data = bytearray(min(file.size_bytes, MAX_RECIPIENTS_FILE_BYTES + 1))
+            file.read_into(memoryview(data), 0)
+            return bytes(data)
     except NotFoundError:
         raise NotFoundError(f"{path} lacks {RECIPIENTS_NAME}", hint="fetch the whole protected folder") from None
     except FormatError:
         raise FormatError(f"{RECIPIENTS_NAME} in {path} is not a regular file", hint="fetch the folder again") from None
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot read {RECIPIENTS_NAME} in {path}: {error.strerror}", hint="check the disk"
-        ) from None
 
 
 def open_dek(

@@ -53,6 +53,7 @@ class _Dequantized(Suspect):
     sizes: Mapping[str, tuple[int, ...]]
     matrices: Mapping[str, _Matrix]
     config: Mapping[str, Any]
+    concurrency: int
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self.sizes
@@ -85,7 +86,7 @@ def dequantized(stored: Suspect, metadata: Mapping[str, str]) -> Suspect:
     parts = {part for matrix in matrices.values() for part in matrix.parts}
     sizes = {name: shape for name, shape in shapes.items() if name not in parts}
     sizes |= {name: matrix.shape for name, matrix in matrices.items()}
-    return _Dequantized(stored, sizes, matrices, stored.config)
+    return _Dequantized(stored, sizes, matrices, stored.config, stored.concurrency)
 
 
 def _cannot_be_right(name: str, why: str) -> FormatError:

@@ -7,7 +7,7 @@ nothing but the tiles that are asked for is brought into memory, where the forma
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from hf_wmguard.container.files import inspect_file, is_protected
 from hf_wmguard.container.format import PUBLIC_HEADER
+from hf_wmguard.container.plain import FileTensor, PlainFile
 from hf_wmguard.container.recipients import Identity
+from hf_wmguard.container.source import LocalFile
 from hf_wmguard.errors import AuthenticationError, FormatError, UnsupportedError
 from hf_wmguard.suspects.adapter import Adapter, is_adapter
 from hf_wmguard.suspects.files import GGUF_SUFFIX, digest, weight_files
@@ -27,7 +29,16 @@ from hf_wmguard.suspects.locate import Layout
 from hf_wmguard.suspects.pickles import load_pickle
 from hf_wmguard.suspects.protected import open_folder
 from hf_wmguard.suspects.quantized import dequantized
-from hf_wmguard.suspects.sources import Encrypted, InMemory, Safetensors, Suspect, read_bounded
+from hf_wmguard.suspects.remote import RemoteFolder
+from hf_wmguard.suspects.sources import (
+    REMOTE_READERS,
+    Encrypted,
+    InMemory,
+    Ranges,
+    Safetensors,
+    Suspect,
+    read_bounded,
+)
 from hf_wmguard.watermark.carriers import Carrier
 
 __all__ = ["Encrypted", "Suspect", "digest", "open_suspect", "tile_reader", "weight_files"]
@@ -38,13 +49,13 @@ _ONE_FILE = "give one of the files, not their folder"
 
 @contextmanager
 def open_suspect(
-    source: str | Path | Mapping[str, Tensor] | nn.Module, *, identities: tuple[Identity, ...] = ()
+    source: str | Path | RemoteFolder | Mapping[str, Tensor] | nn.Module, *, identities: tuple[Identity, ...] = ()
 ) -> Iterator[Suspect]:
     """Open a suspect for reading.
 
     Args:
         source: A folder, plain or protected, of a model or a LoRA adapter; a ``.safetensors``, ``.gguf``, ``.bin``,
-            ``.pt`` or ``.pth`` file; a state dict or a model.
+            ``.pt`` or ``.pth`` file; a folder that `open_remote` opened; a state dict or a model.
         identities: What can open a protected folder.
     Raises:
         NotFoundError: No such file, or a folder without weights.
@@ -69,7 +80,10 @@ def open_suspect(
         yield dequantized(InMemory(source), {})
         return
     with ExitStack() as stack:
-        yield _open_path(Path(source), identities, stack)
+        if isinstance(source, RemoteFolder):
+            yield _open_remote(source, identities, stack)
+        else:
+            yield _open_path(Path(source), identities, stack)
 
 
 def _is_readable(value: object) -> bool:
@@ -80,9 +94,42 @@ def _open_path(path: Path, identities: tuple[Identity, ...], stack: ExitStack) -
     files = weight_files(path)
     folder = files[0].parent
     if files[0].suffix == GGUF_SUFFIX:
-        return Gguf(files)
+        return Gguf([stack.enter_context(LocalFile(file)) for file in files])
     stored, metadata = _open_files(path, files, _read_config(folder), identities, stack)
-    return Adapter(stored, folder) if is_adapter(stored, files) else dequantized(stored, metadata)
+    return _meaning(stored, metadata, [file.name for file in files], folder)
+
+
+def _open_remote(remote: RemoteFolder, identities: tuple[Identity, ...], stack: ExitStack) -> Suspect:
+    names, config = remote.weight_names(), _read_config(remote.folder)
+    files = [remote.weights[name] for name in names]
+    suffix = Path(names[0]).suffix
+    if suffix == GGUF_SUFFIX:
+        found = Gguf(files)
+        found.concurrency = REMOTE_READERS
+        return found
+    if suffix != ".safetensors":
+        raise UnsupportedError(
+            f"{remote.location}: {names[0]} is a pickle, of which no part can be read alone",
+            hint="download it where that is safe (hf download), and judge the folder",
+        )
+    if any(is_protected(file) for file in files):
+        opened = stack.enter_context(open_folder(remote.folder, identities, remote=remote.weights))
+        parts = {name: file for file in opened.files for name in file.names()}
+        return Encrypted(parts, config, concurrency=REMOTE_READERS)
+    plain = [PlainFile(file) for file in files]
+    tensors: dict[str, FileTensor] = {}
+    for one in plain:
+        if twice := tensors.keys() & one.tensors.keys():
+            raise FormatError(f"{one.name} holds {min(twice)!r}, as another file does", hint=_ONE_FILE)
+        tensors |= one.tensors
+    metadata = {key: value for one in plain for key, value in one.metadata.items()}
+    stored = Ranges(tensors, config)
+    return _meaning(stored, metadata, names, remote.folder)
+
+
+def _meaning(stored: Suspect, metadata: Mapping[str, str], names: Sequence[str], folder: Path) -> Suspect:
+    """Return stored tensors as what they stand for: the changes of an adapter, or the weights of a model."""
+    return Adapter(stored, folder) if is_adapter(stored, names, folder) else dequantized(stored, metadata)
 
 
 def _open_files(

@@ -8,8 +8,11 @@ reading that is scored is counted all the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -29,7 +32,10 @@ _PROBES = 8
 _STRIDE = 37
 OWNER_WEIGHTS = tuple(0.8**turn for turn in range(1, 11))
 """Shares of the owner in a merge that are tried, 0.8 to 0.11: none is further than an eighth from one of them."""
+_T = TypeVar("_T")
 _Tiles = Sequence[tuple[CarrierKey, Baseline]]
+Progress = Callable[[int, int, str], None]
+"""Called with carriers looked at, carriers in all, and the name of the last one's matrix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +69,12 @@ class _Found:
 
 
 def read_attempts(
-    record: WatermarkRecord, keys: Sequence[CarrierKey], suspect: Suspect, *, original: Suspect | None = None
+    record: WatermarkRecord,
+    keys: Sequence[CarrierKey],
+    suspect: Suspect,
+    *,
+    original: Suspect | None = None,
+    progress: Progress | None = None,
 ) -> list[Attempt]:
     """Return the readings of a suspect: as it lies, unmerged, found by contents, norms set back, and aligned.
 
@@ -72,13 +83,14 @@ def read_attempts(
         keys: Its carrier keys.
         suspect: Somebody's weights.
         original: The owner's own model, marked or not.
+        progress: Called after every carrier that was looked for where its name says.
     Raises:
         ConfigError: The original's config does not say how attention is divided.
     """
     tiles = list(zip(keys, record.baselines, strict=True))
     if suspect.is_delta:
         return _read_delta(tiles, suspect)
-    attempts = _read_whole(tiles, suspect)
+    attempts = _read_whole(tiles, suspect, progress)
     if original is not None:
         reference = Unmarked(original, record, keys)
         aligned = align(reference, suspect, heads=Heads.from_config(original.config))
@@ -109,12 +121,19 @@ def _read_delta(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
     return _with_merges(tiles, projections, bytes_read)
 
 
-def _read_whole(tiles: _Tiles, suspect: Suspect) -> list[Attempt]:
+def _read_whole(tiles: _Tiles, suspect: Suspect, progress: Progress | None = None) -> list[Attempt]:
     layout = Layout(suspect)
     named = []
-    for key, baseline in tiles:
+
+    def look(tile: tuple[CarrierKey, Baseline]) -> _Found:
+        key, baseline = tile
         location = layout.locate(key.carrier.name, key.carrier.shape)
-        named.append(_Found() if location is None else _look(suspect, location, key, baseline))
+        return _Found() if location is None else _look(suspect, location, key, baseline)
+
+    for turn, one in enumerate(_side_by_side(suspect, look, tiles), start=1):
+        named.append(one)
+        if progress is not None:
+            progress(turn, len(tiles), tiles[turn - 1][0].carrier.name)
     moved = _search(tiles, named, suspect, layout)
     keys, bytes_read = [key for key, _ in tiles], sum(one.bytes_read for one in moved or named)
     attempts = _with_merges(tiles, [one.projections for one in named], bytes_read)
@@ -150,6 +169,21 @@ def _with_merges(tiles: _Tiles, projections: Sequence[Tensor | None], bytes_read
         reading = Reading.of(keys, undone)
         attempts.append(Attempt(alignment=f"merge at {weight:.2f}", reading=reading, bytes_read=bytes_read))
     return attempts
+
+
+def _side_by_side(suspect: Suspect, look: Callable[[_T], _Found], things: Iterable[_T]) -> Iterator[_Found]:
+    """Yield what is found at each thing, in order, as many at a time as the suspect can be read."""
+    if suspect.concurrency == 1:
+        yield from map(look, things)
+        return
+    with ThreadPoolExecutor(suspect.concurrency) as pool:
+        looking = [pool.submit(look, one) for one in things]
+        try:
+            for one in looking:
+                yield one.result()
+        finally:
+            # After an error the others are not waited for.
+            pool.shutdown(cancel_futures=True)
 
 
 def _look(suspect: Suspect, location: Location, key: CarrierKey, baseline: Baseline) -> _Found:
@@ -199,8 +233,8 @@ def _search(tiles: _Tiles, named: list[_Found], suspect: Suspect, layout: Layout
             break
         key, baseline = tiles[i]
         best, read = _Found(), 0
-        for location in _candidates(layout, key.carrier):
-            other = _look(suspect, location, key, baseline)
+        look = partial(_look, suspect, key=key, baseline=baseline)
+        for other in _side_by_side(suspect, look, _candidates(layout, key.carrier)):
             read += other.bytes_read
             if other.likeness > best.likeness:
                 best = other

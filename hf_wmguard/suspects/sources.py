@@ -14,8 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_wmguard.container.files import ProtectedFile
+from hf_wmguard.container.plain import FileTensor
 from hf_wmguard.errors import FormatError
 from hf_wmguard.suspects.tensors import decode
+
+REMOTE_READERS = 16
 
 
 class Suspect(ABC):
@@ -23,6 +26,9 @@ class Suspect(ABC):
 
     is_delta: bool = False
     """Whether what is read is a change of weights, on top of a base model that the suspect does not hold."""
+
+    concurrency: int = 1
+    """How many threads may read at once to good effect: several where each read waits for a network."""
 
     config: Mapping[str, Any]
     """The suspect's ``config.json``, or nothing: what heads a fused matrix is interleaved by."""
@@ -97,11 +103,32 @@ class Safetensors(Suspect):
 
 
 @dataclass(frozen=True, slots=True)
+class Ranges(Suspect):
+    """Plain safetensors files that are kept elsewhere: of each tensor only the bytes of its rows are fetched."""
+
+    tensors: Mapping[str, FileTensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = REMOTE_READERS
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tensor.what.shape for name, tensor in self.tensors.items()}
+
+    def rows(self, name: str, start: int, count: int) -> Tensor:
+        tensor = self.tensors[name]
+        shape = matrix_shape(tensor.what.shape)
+        row_bytes = tensor.what.size_bytes // max(1, shape[0])
+        data = bytearray(count * row_bytes)
+        tensor.part(start * row_bytes, (start + count) * row_bytes, memoryview(data))
+        return decode(tensor.what.dtype, (count, *shape[1:]), data)
+
+
+@dataclass(frozen=True, slots=True)
 class Encrypted(Suspect):
     """The ciphertext files of one save, opened: tensor name to file."""
 
     files: Mapping[str, ProtectedFile]
     config: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 1
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: file.info(name).shape for name, file in self.files.items()}

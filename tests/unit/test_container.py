@@ -98,7 +98,7 @@ def test_round_trip(path: Path) -> None:
     with ProtectedFile(path, dek=DEK, context=CONTEXT) as file:
         assert file.names() == sorted(TENSORS)
         assert file.metadata == {"format": "pt"}
-        assert (file.path, file.context) == (path, CONTEXT)
+        assert (file.name, file.context) == (path.name, CONTEXT)
         for name, tensor in TENSORS.items():
             assert file.info(name) == tensor.info()
             assert file.read(name) == tensor.data
