@@ -62,8 +62,14 @@ def read_settings(client: Any, bucket: str) -> Settings:
             denied.append(name)
         elif code in UNSUPPORTED:
             unsupported.append(name)
+        elif code:
+            values[name] = None
         else:
-            values[name] = None if code else value_of(answer)
+            try:
+                values[name] = value_of(answer)
+            except (KeyError, IndexError, TypeError):
+                # Stores answer what they do not know with something else, such as a listing.
+                unsupported.append(name)
     return Settings(values=values, denied=tuple(denied), unsupported=tuple(unsupported))
 
 
