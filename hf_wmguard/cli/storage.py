@@ -106,10 +106,14 @@ def audit(
     elif not found.findings:
         console.print(f"nothing found at {found.uri}", markup=False, highlight=False, soft_wrap=True)
     else:
-        table = Table("severity", "what", "where", "detail", "what to do", title=escape(found.uri))
+        table = Table("severity", "where", "what, and what to do", title=escape(found.uri), show_lines=True)
         for one in found.findings:
-            texts = (one.what, one.where, one.detail, one.remedy)
-            table.add_row(f"[{_COLOURS[one.severity]}]{one.severity}[/]", *(escape(printable(text)) for text in texts))
+            remedy = f"\n[dim]{escape(printable(one.remedy))}[/]" if one.remedy else ""
+            table.add_row(
+                f"[{_COLOURS[one.severity]}]{one.severity}[/]",
+                escape(printable(one.where)),
+                f"{one.what}: {escape(printable(one.detail))}{remedy}",
+            )
         console.print(table)
     raise typer.Exit(1 if found.is_open else 0)
 

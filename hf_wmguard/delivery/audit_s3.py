@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_wmguard.delivery.aws import DENIED, UNSUPPORTED, ask, make_client
+from hf_wmguard.delivery.aws import DENIED, UNSUPPORTED, ask, make_client, read_body
 from hf_wmguard.delivery.bucket import Settings, read_settings
 from hf_wmguard.delivery.contents import judge_file, judge_manifest, needs_reading
 from hf_wmguard.delivery.findings import Audit, Finding, make_audit
@@ -74,7 +74,7 @@ class _VersionFile:
         if code:
             raise StoreError(f"{self.version.where} may not be read: {code}", hint="use credentials of a reader")
         with closing(answer["Body"]) as body:
-            data = _read_body(body, len(buffer))
+            data = read_body(body, len(buffer))
         if len(data) != len(buffer):
             raise StoreError(f"{self.version.where}: got other bytes than those asked for", hint="check the endpoint")
         buffer[:] = data
@@ -83,21 +83,16 @@ class _VersionFile:
         self.closed = True
 
 
-def _read_body(body: Any, count: int) -> bytes:
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        # One more, so that a server that sends the whole file is noticed and not believed.
-        return bytes(body.read(count + 1))
-    except (BotoCoreError, OSError) as error:
-        raise StoreError(f"the connection was cut: {type(error).__name__}", hint="run the same command again") from None
-
-
 def audit_s3(location: Location, endpoint_url: str | None, note: Callable[[str], None]) -> Audit:
     """Return what is open of a bucket and under a prefix; see `hf_wmguard.delivery.audit.audit`."""
     with closing(make_client("s3", endpoint_url)) as client:
         note("settings")
         settings = read_settings(client, location.root)
+        if not settings.values:
+            # A list of things that could not be asked would look like one of things that are closed.
+            raise StoreError(
+                f"none of the settings of {location.root} may be read", hint="use credentials of its administrator"
+            )
         public = _is_public(client, location.root, settings)
         found = [*_judge_settings(settings), *_judge_policy(location.root, settings, public)]
         found += _judge_rest(client, location, settings)

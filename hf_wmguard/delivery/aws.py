@@ -1,4 +1,4 @@
-"""Ask S3 and STS by boto3, and turn their refusals into this package's errors."""
+"""Ask S3 and STS by boto3 about a bucket and not a prefix, and turn their refusals into this package's errors."""
 
 from __future__ import annotations
 
@@ -84,6 +84,20 @@ def ask(client: Any, operation: str, expected: Iterable[str] = (), **request: An
             hint="check the network and the endpoint, and try again",
         ) from None
     return answer, ""
+
+
+def read_body(body: Any, count: int) -> bytes:
+    """Return some bytes of an answer, or one more where the server sends more than was asked for.
+
+    Raises:
+        StoreError: The connection was cut.
+    """
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        return bytes(body.read(count + 1))
+    except (BotoCoreError, OSError) as error:
+        raise StoreError(f"the connection was cut: {type(error).__name__}", hint="run the same command again") from None
 
 
 def _hint(code: str) -> str:

@@ -24,7 +24,7 @@ from hf_wmguard.evidence.signing import MAX_ENVELOPE_BYTES, open_envelope
 from hf_wmguard.stores.store import StoredFile
 
 MAX_TEXT_BYTES = 1 << 20
-MAX_STATE_BYTES = 4 << 20
+MAX_STATE_BYTES = 1 << 20
 _MAX_NOTE_BYTES = 64 << 10
 # A file below this is no model whatever it holds.
 _MIN_WEIGHTS_BYTES = 64 << 10

@@ -8,7 +8,8 @@ import re
 import zipfile
 from collections.abc import Iterator
 
-MAX_PICKLE_BYTES = 16 << 20
+# Each opcode costs about a microsecond, and a pickle can have as many as it has bytes.
+MAX_PICKLE_BYTES = 1 << 20
 # What a secret looks like, by what it is called in messages.
 _SHAPES = {
     "a token of the Hub": re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{20,}"),
@@ -62,7 +63,7 @@ def holds_no_tensors(data: bytes) -> bool:
 
 def _pickles(data: bytes) -> Iterator[bytes]:
     if not data.startswith(b"PK"):
-        yield data
+        yield data[:MAX_PICKLE_BYTES]
         return
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -72,7 +73,7 @@ def _pickles(data: bytes) -> Iterator[bytes]:
                     with archive.open(one) as file:
                         yield file.read(MAX_PICKLE_BYTES)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, OSError, EOFError):
-        yield data
+        yield data[:MAX_PICKLE_BYTES]
 
 
 def _texts(pickle: bytes) -> Iterator[str | None]:

@@ -42,12 +42,22 @@ PUBLIC_ACCESS_BLOCK = {
 OWNERSHIP = "BucketOwnerEnforced"
 
 READ = ("s3:GetObject", "s3:GetObjectVersion")
-# A conditional write (If-Match) needs GetObject beside PutObject, and so does the HEAD that a push begins with. A
-# multipart upload is PutObject; resuming one needs its list of parts, and giving it up AbortMultipartUpload. Nothing
-# deletes: a stolen writer's key can add versions, and every older one stays.
-WRITE = ("s3:PutObject", "s3:GetObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
+# A conditional write (If-Match) needs GetObject beside PutObject, and so does the HEAD that a push begins with; whose
+# model is there already stands in a version's envelope. A multipart upload is PutObject; resuming one needs its list of
+# parts, and giving it up AbortMultipartUpload. Nothing deletes: a stolen writer's key can add versions, and every older
+# one stays.
+WRITE = (*READ, "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
 LIST = ("s3:ListBucket",)
-LIST_UPLOADS = ("s3:ListBucketMultipartUploads",)
+# Of the bucket, without a condition on the prefix. S3 knows none for unfinished uploads. And where it asks itself
+# whether a missing object may be called missing (404) or is refused (403), there is no prefix: a first push would be
+# refused. So a writer sees the names of other prefixes. The rest tells a push whether it would send to the public.
+LOOK = (
+    *LIST,
+    "s3:ListBucketMultipartUploads",
+    "s3:GetBucketPublicAccessBlock",
+    "s3:GetBucketPolicyStatus",
+    "s3:GetBucketAcl",
+)
 
 _KMS_KEY = re.compile(r"arn:aws[\w-]*:kms:[a-z0-9-]+:\d{12}:(key|alias)/[\w/-]+|alias/[\w/-]+|[\w-]{1,128}", re.ASCII)
 _NO_PATTERN = re.compile(r"[^*?$]*")
@@ -161,17 +171,13 @@ def _allowed(lock: Lock) -> list[Statement]:
     statements = []
     if lock.readers:
         statements.append(_allow("ReadObjects", lock.readers, READ, objects))
-    if lock.writers:
-        statements.append(_allow("WriteObjects", lock.writers, WRITE, objects))
-        # S3 knows no condition on the prefix here: a writer sees names of other prefixes' unfinished uploads.
-        statements.append(_allow("ListUploads", lock.writers, LIST_UPLOADS, bucket))
-    listing = tuple(dict.fromkeys((*lock.readers, *lock.writers)))
-    if listing:
-        # Without the right to list, a missing object is a 403 and not a 404.
-        statement = _allow("ListObjects", listing, LIST, bucket)
+        statement = _allow("ListObjects", lock.readers, LIST, bucket)
         if lock.prefix:
             statement["Condition"] = {"StringLike": {"s3:prefix": [f"{lock.prefix}/*"]}}
         statements.append(statement)
+    if lock.writers:
+        statements.append(_allow("WriteObjects", lock.writers, WRITE, objects))
+        statements.append(_allow("LookBeforeWriting", lock.writers, LOOK, bucket))
     statements.append(_allow("Administer", lock.admins, ("s3:*",), bucket, f"{bucket}/*"))
     return statements
 
@@ -185,21 +191,18 @@ def _denied(lock: Lock) -> list[Statement]:
     if lock.minimum_tls:
         condition = {"NumericLessThan": {"s3:TlsVersion": lock.minimum_tls}}
         statements.append(_deny("OldTls", {"Action": "s3:*", **everything}, condition))
-    both = dict.fromkeys((*READ, *WRITE, *LIST, *LIST_UPLOADS))
     statements += [
         _deny("Others", {"Action": "s3:*", **everything}, _unless(lock.everyone)),
         # What the account's IAM gives to somebody who is named is added to what this policy gives, so the rest is
         # denied by name. Whoever is a writer too, or may be, is not held to what a reader may; and so on.
         _deny("MoreToReaders", _but((*READ, *LIST), everything), _unless((*lock.writers, *lock.admins))),
-        _deny(
-            "MoreToWriters", _but((*WRITE, *LIST, *LIST_UPLOADS), everything), _unless((*lock.readers, *lock.admins))
-        ),
-        _deny("Administration", _but(tuple(both), everything), _unless(lock.admins)),
+        _deny("MoreToWriters", _but((*WRITE, *LOOK), everything), _unless((*lock.readers, *lock.admins))),
+        _deny("Administration", _but((*WRITE, *LOOK), everything), _unless(lock.admins)),
     ]
     if lock.prefix:
         elsewhere = {"Action": "s3:*", "NotResource": [bucket, lock.objects_arn]}
         listing = {"Action": list(LIST), "Resource": [bucket]}
-        another = {"StringNotLike": {"s3:prefix": [f"{lock.prefix}/*"]}, **_unless(lock.admins)}
+        another = {"StringNotLike": {"s3:prefix": [f"{lock.prefix}/*"]}, **_unless((*lock.writers, *lock.admins))}
         statements += [
             _deny("OtherObjects", elsewhere, _unless(lock.admins)),
             _deny("OtherListings", listing, another),

@@ -1,6 +1,6 @@
 """The policy where a store enforces it by who asks: signed requests to a Ceph gateway.
 
-Ceph 16 knows neither ``aws:PrincipalArn`` nor, of a plain request, ``aws:SecureTransport``. So it proves what the policy
+Ceph 16 does not know ``aws:PrincipalArn``, nor ``aws:SecureTransport`` of a plain request. So it proves what the policy
 allows and that nobody else gets anything, not the statements that take away what the IAM of an account gives, nor the
 one on TLS: those are judged in ``tests/unit/test_policy.py``.
 """
@@ -140,6 +140,13 @@ def test_the_writer_uploads_in_parts_and_the_reader_gets_it(clients: dict[str, A
     upload = {**where, "UploadId": writer.create_multipart_upload(**where)["UploadId"]}
     writer.abort_multipart_upload(**upload)
     assert "Uploads" not in writer.list_multipart_uploads(Bucket="acme-models")
+
+
+def test_a_missing_object_is_missing_to_the_writer(clients: dict[str, Any]) -> None:
+    """A first push looks for what is not there yet; a 403 would stop it."""
+    for name, status in (("writer", "404"), ("admin", "404"), ("reader", "403"), ("outsider", "403")):
+        with pytest.raises(ClientError, match=status):
+            clients[name].head_object(Bucket="acme-models", Key="triage/not-yet")
 
 
 def test_a_stolen_writer_takes_nothing_away(clients: dict[str, Any]) -> None:
