@@ -203,38 +203,6 @@ resource "aws_s3_bucket_policy" "wmguard" {
         }
       },
       {
-        Sid = "WmguardDenyMoreToWriters"
-        Effect = "Deny"
-        Principal = "*"
-        NotAction = [
-          "s3:GetObject",
-          "s3:GetObjectVersion",
-          "s3:PutObject",
-          "s3:AbortMultipartUpload",
-          "s3:ListMultipartUploadParts",
-          "s3:ListBucket",
-          "s3:ListBucketMultipartUploads",
-          "s3:GetBucketPublicAccessBlock",
-          "s3:GetBucketPolicyStatus",
-          "s3:GetBucketAcl",
-        ]
-        Resource = [
-          "arn:aws:s3:::acme-models",
-          "arn:aws:s3:::acme-models/*",
-        ]
-        Condition = {
-          ArnNotLike = {
-            "aws:PrincipalArn" = [
-              "arn:aws:iam::123456789012:role/inference",
-              "arn:aws:iam::123456789012:role/break-glass",
-            ]
-          }
-          BoolIfExists = {
-            "aws:PrincipalIsAWSService" = "false"
-          }
-        }
-      },
-      {
         Sid = "WmguardDenyAdministration"
         Effect = "Deny"
         Principal = "*"

@@ -194,9 +194,9 @@ def _denied(lock: Lock) -> list[Statement]:
     statements += [
         _deny("Others", {"Action": "s3:*", **everything}, _unless(lock.everyone)),
         # What the account's IAM gives to somebody who is named is added to what this policy gives, so the rest is
-        # denied by name. Whoever is a writer too, or may be, is not held to what a reader may; and so on.
+        # denied by name. Whoever is a writer too, or may be, is not held to what a reader may.
         _deny("MoreToReaders", _but((*READ, *LIST), everything), _unless((*lock.writers, *lock.admins))),
-        _deny("MoreToWriters", _but((*WRITE, *LOOK), everything), _unless((*lock.readers, *lock.admins))),
+        # A writer reads too, so that this is the same for writers and for both.
         _deny("Administration", _but((*WRITE, *LOOK), everything), _unless(lock.admins)),
     ]
     if lock.prefix:
