@@ -68,6 +68,8 @@ CLIENTS = {
     "delivery/hub.py": {"huggingface_hub"},
     "delivery/hub_download.py": {"huggingface_hub"},
     "delivery/s3.py": {"boto3", "botocore"},
+    "delivery/aws.py": {"boto3", "botocore"},
+    "delivery/audit_hub.py": {"huggingface_hub"},
     "container/providers/awskms.py": {"boto3", "botocore"},
     "container/providers/azurekv.py": {"azure"},
     "container/providers/gcpkms.py": {"google", "requests"},

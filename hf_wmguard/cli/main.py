@@ -37,6 +37,7 @@ from hf_wmguard.cli.output import (
 from hf_wmguard.cli.plan import plan
 from hf_wmguard.cli.probe import probe
 from hf_wmguard.cli.protect import protect
+from hf_wmguard.cli.storage import storage
 from hf_wmguard.cli.stress import stress
 from hf_wmguard.container.asking import asking
 from hf_wmguard.errors import EnvironmentFault, WmguardError
@@ -53,6 +54,7 @@ _LEFT = {
     "pull": f"{_WHOLE}; the same command goes on where this one stopped",
     "rewrap": "the recipients are either the old ones or the new ones: wmguard inspect lists them",
     "probe": "with --transcript the same command goes on where this one stopped; without it nothing was kept",
+    "storage": "lockdown: the same command shows what is left to change and goes on there; audit changes nothing",
     "stress": "the same command goes on where this one stopped",
 }
 
@@ -216,6 +218,7 @@ app.command()(protect)
 app.command()(push)
 app.command()(pull)
 app.command()(stress)
+app.add_typer(storage, name="storage")
 
 
 def main() -> None:
