@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from hf_wmguard.errors import ManifestError, NotFoundError
@@ -47,7 +48,7 @@ def part_size(size_bytes: int, least: int = PART_BYTES) -> int:
     return max(least, -(-size_bytes // (_MAX_PARTS * _MIB)) * _MIB)
 
 
-def encoded_sha256(data: bytes) -> str:
+def encoded_sha256(data: bytearray) -> str:
     """Return a digest as S3 writes it."""
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
 
@@ -63,7 +64,6 @@ def unfinished(place: S3Place, prefix: str) -> dict[str, list[str]]:
 
 def begin(place: S3Place, upload: Upload, candidates: Iterable[str], extra: Mapping[str, Any]) -> None:
     """Go on with an unfinished upload of the same bytes, or start one."""
-    first = _read(upload.path, upload.part_bytes)
     for upload_id in candidates:
         there = {
             part["PartNumber"]: part
@@ -72,7 +72,7 @@ def begin(place: S3Place, upload: Upload, candidates: Iterable[str], extra: Mapp
             for part in page.get("Parts", ())
         }
         # The first part tells another save's upload from ours, and so do we from somebody who is still sending it.
-        if 1 in there and _is_same(there[1], first):
+        if 1 in there and _is_same(there[1], _first_part(upload)):
             upload.upload_id, upload.there = upload_id, there
             return
     answer = place.call("create_multipart_upload", Key=upload.key, ChecksumAlgorithm="SHA256", **extra)
@@ -86,33 +86,62 @@ def send_all(place: S3Place, uploads: Iterable[Upload], *, threads: int, progres
         ManifestError: A file is not what it was when it was checked; its parts are thrown away.
         StoreError: S3 refuses or does not answer. What is there stays, for the next time.
     """
-    room = threading.Semaphore(threads + 2)
+    sending = _Sending(place, threads, progress)
     with ThreadPoolExecutor(threads, thread_name_prefix="wmguard-s3") as pool:
-        waiting: dict[Future[int], Upload] = {}
         try:
             for upload in uploads:
-                whole, number = hashlib.sha256(), 0
-                with upload.path.open("rb", buffering=0) as file:
-                    while data := _read_up_to(file, upload.part_bytes):
-                        number += 1
-                        # What is hashed is what is sent, whatever happens to the file meanwhile.
-                        room.acquire()
-                        task = pool.submit(_send, place, upload, number, data)
-                        task.add_done_callback(lambda _: room.release())
-                        waiting[task] = upload
-                        whole.update(data)
-                        _collect(waiting, progress, [task for task in waiting if task.done()])
-                if whole.hexdigest() != upload.sha256:
-                    wait(waiting)
-                    place.call("abort_multipart_upload", allow=GONE, Key=upload.key, UploadId=upload.upload_id)
-                    raise changed(upload.name)
-            while waiting:
-                _collect(waiting, progress, wait(waiting, return_when=FIRST_COMPLETED).done)
+                sending.send(pool, upload)
+            while sending.waiting:
+                sending.collect(wait(sending.waiting, return_when=FIRST_COMPLETED).done)
         except OSError as error:
             raise NotFoundError(f"cannot read a file to send: {error.strerror}", hint="check the disk") from None
         finally:
-            for task in waiting:
+            for task in sending.waiting:
                 task.cancel()
+
+
+class _Sending:
+    """Parts on their way: so many at once, in buffers that are used again."""
+
+    def __init__(self, place: S3Place, threads: int, progress: Progress | None) -> None:
+        self._place, self._progress = place, progress
+        self.waiting: dict[Future[int], Upload] = {}
+        self._buffers: SimpleQueue[bytearray] = SimpleQueue()
+        for _ in range(threads + 1):
+            self._buffers.put(bytearray())
+
+    def send(self, pool: ThreadPoolExecutor, upload: Upload) -> None:
+        """Hand all parts of a file to the threads, and check that together they are what was signed."""
+        whole, is_whole = hashlib.sha256(), True
+        with upload.path.open("rb", buffering=0) as file:
+            for number in range(1, -(-upload.size_bytes // upload.part_bytes) + 1):
+                # What is hashed is what is sent, whatever happens to the file meanwhile.
+                data = _read_part(file, upload, number, self._buffers.get())
+                if data is None:
+                    is_whole = False
+                    break
+                task = pool.submit(self._send_part, upload, number, data)
+                self.waiting[task] = upload
+                whole.update(data)
+                self.collect([task for task in self.waiting if task.done()])
+        if not is_whole or whole.hexdigest() != upload.sha256:
+            wait(self.waiting)
+            self._place.call("abort_multipart_upload", allow=GONE, Key=upload.key, UploadId=upload.upload_id)
+            raise changed(upload.name)
+
+    def _send_part(self, upload: Upload, number: int, data: bytearray) -> int:
+        try:
+            return _send(self._place, upload, number, data)
+        finally:
+            self._buffers.put(data)
+
+    def collect(self, done: Collection[Future[int]]) -> None:
+        """Raise what went wrong in a thread, and tell what went well."""
+        for task in done:
+            upload = self.waiting.pop(task)
+            size_bytes = task.result()
+            if self._progress is not None:
+                self._progress(upload.name, size_bytes)
 
 
 def changed(name: str) -> ManifestError:
@@ -123,15 +152,7 @@ def changed(name: str) -> ManifestError:
     )
 
 
-def _collect(waiting: dict[Future[int], Upload], progress: Progress | None, done: Collection[Future[int]]) -> None:
-    for task in done:
-        upload = waiting.pop(task)
-        size_bytes = task.result()
-        if progress is not None:
-            progress(upload.name, size_bytes)
-
-
-def _send(place: S3Place, upload: Upload, number: int, data: bytes) -> int:
+def _send(place: S3Place, upload: Upload, number: int, data: bytearray) -> int:
     digest, there = encoded_sha256(data), upload.there.get(number)
     if there is not None and _is_same(there, data, digest):
         upload.reused_bytes += len(data)
@@ -149,8 +170,8 @@ def _send(place: S3Place, upload: Upload, number: int, data: bytes) -> int:
     return len(data)
 
 
-def _is_same(part: Mapping[str, Any], data: bytes, digest: str | None = None) -> bool:
-    if part.get("Size") != len(data):
+def _is_same(part: Mapping[str, Any], data: bytearray | None, digest: str | None = None) -> bool:
+    if data is None or part.get("Size") != len(data):
         return False
     if "ChecksumSHA256" in part:
         return bool(part["ChecksumSHA256"] == (digest or encoded_sha256(data)))
@@ -158,16 +179,23 @@ def _is_same(part: Mapping[str, Any], data: bytes, digest: str | None = None) ->
     return str(part.get("ETag", "")).strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def _read(path: Path, size_bytes: int) -> bytes:
+def _first_part(upload: Upload) -> bytearray | None:
     try:
-        with path.open("rb", buffering=0) as file:
-            return _read_up_to(file, size_bytes)
+        with upload.path.open("rb", buffering=0) as file:
+            return _read_part(file, upload, 1, bytearray())
     except OSError as error:
-        raise NotFoundError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from None
+        raise NotFoundError(f"cannot read {upload.path}: {error.strerror}", hint="check its permissions") from None
 
 
-def _read_up_to(file: Any, size_bytes: int) -> bytes:
-    data: bytes = file.read(size_bytes)
-    while data and len(data) < size_bytes and (more := file.read(size_bytes - len(data))):
-        data += more
-    return data
+def _read_part(file: FileIO, upload: Upload, number: int, buffer: bytearray) -> bytearray | None:
+    """Return a buffer filled with a part of a file, the same one if it has the size; None where the file is shorter."""
+    size_bytes = min(upload.part_bytes, upload.size_bytes - (number - 1) * upload.part_bytes)
+    if len(buffer) != size_bytes:
+        buffer = bytearray(size_bytes)
+    view, done = memoryview(buffer), 0
+    while done < size_bytes:
+        got = file.readinto(view[done:])
+        if not got:
+            return None
+        done += got
+    return buffer

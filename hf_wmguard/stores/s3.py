@@ -92,11 +92,15 @@ def s3_client(options: S3Options | None = None, *, service: str = "s3") -> Any:
         # boto3 itself reads AWS_DEFAULT_REGION only; every other tool of AWS reads both.
         region = options.region or os.environ.get("AWS_REGION") or session.region_name
         settings = {"region_name": region, "endpoint_url": options.endpoint_url}
-        client = session.client(service, config=config, **settings)
-        if service == "s3" and _has_no_subdomains(client.meta.endpoint_url):
+        by_path = config.merge(Config(s3={"addressing_style": "path"}))
+        told = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        # Bucket names before the host need DNS names, which an address and this machine do not have.
+        is_local = service == "s3" and told is not None and _has_no_subdomains(told)
+        client = session.client(service, config=by_path if is_local else config, **settings)
+        if service == "s3" and not is_local and _has_no_subdomains(client.meta.endpoint_url):
+            # The endpoint stands in a shared file.
             client.close()
-            # Bucket names before the host need DNS names, which an address and this machine do not have.
-            client = session.client(service, config=config.merge(Config(s3={"addressing_style": "path"})), **settings)
+            client = session.client(service, config=by_path, **settings)
     except BotoCoreError as error:
         raise failure("S3", error) from None
     except ValueError:

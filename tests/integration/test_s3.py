@@ -35,6 +35,8 @@ PART_BYTES = 5 << 20
 WHERE = parse_location("s3://models/acme/tiny")
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 AWS = shutil.which("aws")
+# Where it makes no difference whether the bucket keeps versions.
+either = pytest.mark.parametrize("s3", ["unversioned"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,7 @@ def test_a_folder_without_a_pointer_is_read_as_it_is(s3: Any, saves: Any, tmp_pa
     assert "elsewhere/model.safetensors" in keys(s3)
 
 
+@either
 def test_another_owners_model_stays(s3: Any, saves: Any, tmp_path: Path) -> None:
     root, _ = saves
     push(root / "other")
@@ -211,6 +214,7 @@ def test_another_owners_model_stays(s3: Any, saves: Any, tmp_path: Path) -> None
     assert bytes_of(tmp_path / "got") == bytes_of(root / "new")
 
 
+@either
 def test_files_that_are_no_protected_model_stay(s3: Any, saves: Any) -> None:
     root, _ = saves
     s3.put_object(Bucket="models", Key=WHERE.key("model.safetensors"), Body=b"plain")
@@ -220,6 +224,7 @@ def test_files_that_are_no_protected_model_stay(s3: Any, saves: Any) -> None:
     assert not [key for key in keys(s3) if key.startswith(KEPT)], "no copy of what may be plaintext"
 
 
+@either
 def test_file_changed_during_the_push(s3: Any, saves: Any, tmp_path: Path) -> None:
     root, _ = saves
     push(root / "old")
@@ -228,6 +233,11 @@ def test_file_changed_during_the_push(s3: Any, saves: Any, tmp_path: Path) -> No
     with (tmp_path / "new" / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x00")
+    with pytest.raises(ManifestError, match=r"model.safetensors was changed"):
+        push_to_s3(parcel, WHERE, part_bytes=PART_BYTES, threads=2)
+    assert uploads(s3) == []
+    with (tmp_path / "new" / "model.safetensors").open("r+b") as file:
+        file.truncate(7_000_000)
     with pytest.raises(ManifestError, match=r"model.safetensors was changed"):
         push_to_s3(parcel, WHERE, part_bytes=PART_BYTES, threads=2)
     assert uploads(s3) == []
@@ -262,6 +272,7 @@ def test_an_interrupted_push_sends_only_what_is_missing(s3: Any, saves: Any, ser
     assert uploads(s3) == []
 
 
+@either
 def test_no_plaintext_on_the_wire(s3: Any, saves: Any, server: Any, tmp_path: Path) -> None:
     root, weights = saves
     finder = PlaintextFinder(weights)
@@ -278,6 +289,7 @@ def test_no_plaintext_on_the_wire(s3: Any, saves: Any, server: Any, tmp_path: Pa
     assert all(ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode() not in stream for stream in proxy.streams)
 
 
+@either
 def test_public_buckets_are_refused(s3: Any, saves: Any) -> None:
     root, _ = saves
     s3.put_bucket_acl(Bucket="models", ACL="public-read")
@@ -292,6 +304,7 @@ def test_public_buckets_are_refused(s3: Any, saves: Any) -> None:
     push(root / "new")
 
 
+@either
 def test_public_policy_is_refused(s3: Any, saves: Any) -> None:
     root, _ = saves
     statement = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": "arn:aws:s3:::models/*"}
@@ -300,6 +313,7 @@ def test_public_policy_is_refused(s3: Any, saves: Any) -> None:
         push(root / "old")
 
 
+@either
 def test_kms_key_is_used_for_everything(s3: Any, saves: Any, tmp_path: Path) -> None:
     root, _ = saves
     push(root / "old", kms_key="alias/models")
@@ -309,6 +323,7 @@ def test_kms_key_is_used_for_everything(s3: Any, saves: Any, tmp_path: Path) -> 
     read(tmp_path / "got")
 
 
+@either
 def test_an_interrupted_fetch_goes_on(s3: Any, saves: Any, server: Any, tmp_path: Path) -> None:
     root, _ = saves
     push(root / "old")
