@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_wmguard.delivery.aws import DENIED, UNSUPPORTED, ask, make_client, read_body
+from hf_wmguard.delivery.aws import DENIED, UNSUPPORTED, ask, read_body
 from hf_wmguard.delivery.bucket import Settings, read_settings
 from hf_wmguard.delivery.contents import judge_file, judge_manifest, needs_reading
 from hf_wmguard.delivery.findings import Audit, Finding, make_audit
@@ -24,6 +24,7 @@ from hf_wmguard.delivery.statements import (
 )
 from hf_wmguard.errors import NotFoundError, StoreError
 from hf_wmguard.stores.location import Location
+from hf_wmguard.stores.s3 import S3Options, s3_client
 from hf_wmguard.stores.store import StoredFile
 
 MAX_VERSIONS = 10_000
@@ -85,7 +86,7 @@ class _VersionFile:
 
 def audit_s3(location: Location, endpoint_url: str | None, note: Callable[[str], None]) -> Audit:
     """Return what is open of a bucket and under a prefix; see `hf_wmguard.delivery.audit.audit`."""
-    with closing(make_client("s3", endpoint_url)) as client:
+    with closing(s3_client(S3Options(endpoint_url=endpoint_url))) as client:
         note("settings")
         settings = read_settings(client, location.root)
         if not settings.values:

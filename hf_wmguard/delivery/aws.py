@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from hf_wmguard.errors import ConfigError, MissingDependencyError, NotFoundError, StoreError
+from hf_wmguard.errors import NotFoundError, StoreError
 
 DENIED = frozenset({"AccessDenied", "AllAccessDisabled", "AccessDeniedException", "403", "Forbidden"})
 """What a store calls a request that this caller may not make."""
 UNSUPPORTED = frozenset({"NotImplemented", "MethodNotAllowed", "XNotImplemented", "UnsupportedOperation", "405", "501"})
 """What an S3-compatible store says to a request that it does not know."""
-_CONNECT_S, _READ_S, _ATTEMPTS = 10, 60, 4
-
-
-def make_client(service: str, endpoint_url: str | None = None) -> Any:
-    """Return a boto3 client of ``s3`` or ``sts``; credentials, region and endpoint are boto3's own business.
-
-    Raises:
-        MissingDependencyError: boto3 is not installed.
-        ConfigError: The endpoint is no URL, or there is no region.
-    """
-    try:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError, NoRegionError
-    except ImportError:
-        raise MissingDependencyError("S3 delivery needs boto3", hint="pip install 'hf-wmguard[s3]'") from None
-    config = Config(
-        connect_timeout=_CONNECT_S,
-        read_timeout=_READ_S,
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-    )
-    try:
-        # boto3 itself reads AWS_DEFAULT_REGION only; every other tool of AWS reads both.
-        region = os.environ.get("AWS_REGION")
-        return boto3.session.Session().client(service, region_name=region, endpoint_url=endpoint_url, config=config)
-    except NoRegionError:
-        raise ConfigError("S3: no region", hint="set AWS_REGION") from None
-    except (BotoCoreError, ValueError):
-        raise ConfigError(
-            f"cannot make a client of {service}",
-            hint="check --endpoint-url, AWS_PROFILE, AWS_REGION and ~/.aws/config",
-        ) from None
 
 
 def ask(client: Any, operation: str, expected: Iterable[str] = (), **request: Any) -> tuple[dict[str, Any], str]:
     """Return a service's answer, or the code of a refusal that the caller expects, with the other one empty.
 
     Args:
-        client: From `make_client`.
+        client: From `stores.s3.s3_client`.
         operation: A method of it, such as ``get_bucket_policy``.
         expected: Codes of refusals that are no errors here.
         request: Its arguments.

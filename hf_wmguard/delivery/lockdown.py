@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
-from hf_wmguard.delivery.aws import ask, make_client
+from hf_wmguard.delivery.aws import ask
 from hf_wmguard.delivery.bucket import read_settings, write_setting
 from hf_wmguard.delivery.planning import Plan, make_plan
 from hf_wmguard.delivery.policy import Lock
 from hf_wmguard.delivery.principals import Principal, parse_principal
 from hf_wmguard.errors import ConfigError, NotFoundError, StoreError, UsageError
 from hf_wmguard.stores.location import Location
+from hf_wmguard.stores.s3 import S3Options, s3_client
 
 
 def make_lock(
@@ -77,7 +78,7 @@ class Lockdown:
     def __init__(self, lock: Lock, *, endpoint_url: str | None = None) -> None:
         self._lock = lock
         self._endpoint_url = endpoint_url
-        self._client = make_client("s3", endpoint_url)
+        self._client = s3_client(S3Options(endpoint_url=endpoint_url))
 
     def plan(self) -> Plan:
         """Return what has to change. Changes nothing.
@@ -160,7 +161,7 @@ class Lockdown:
 
     def _caller(self) -> str | None:
         try:
-            with closing(make_client("sts", self._endpoint_url)) as client:
+            with closing(s3_client(S3Options(endpoint_url=self._endpoint_url), service="sts")) as client:
                 identity, _ = ask(client, "get_caller_identity")
         except StoreError:
             # S3-compatible stores often have no STS; then nobody can say who asks.
