@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_wmguard.container.files import is_protected
-from hf_wmguard.errors import ManifestError
+from hf_wmguard.errors import ManifestError, NotFoundError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
     MANIFEST_NAME,
@@ -42,8 +42,19 @@ PLAIN_NAMES = (
     FIGURES,
 )
 """What a tokenizer, a processor or a chat template is saved as. Beside these only what the manifest lists is sent."""
-_LAST = (RECIPIENTS_NAME, ENVELOPE_NAME, MANIFEST_NAME)
+LAST = (RECIPIENTS_NAME, ENVELOPE_NAME, MANIFEST_NAME)
+"""What is shown last, the manifest after everything that it lists."""
 Progress = Callable[[str, int], None]
+Stamp = tuple[int, int, int, int]
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what changes when a file is replaced or written to: device, inode, size and time of the last change.
+
+    The time at which the inode changed is not in it: that of a file with several names changes when one of them goes.
+    """
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +68,8 @@ class Parcel:
         names: Relative to the folder, with slashes, in the order in which a store must show them: whoever sees the
             manifest, which is the last, finds everything that it lists.
         left_out: What lies in the folder too and is not sent.
+        stamps: What `stamp` said of each signed file before it was hashed: one that says the same when it is sent need
+            not be hashed again.
     """
 
     folder: Path
@@ -64,6 +77,7 @@ class Parcel:
     signer: str
     names: tuple[str, ...]
     left_out: tuple[str, ...]
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -83,6 +97,7 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
             as plaintext), whatever it is called.
     """
     manifest, signer = read_manifest(folder)
+    stamps = {entry.name: stamp(folder / entry.name) for entry in manifest.files if (folder / entry.name).is_file()}
     check_files(folder, manifest, progress=progress)
     for entry in manifest.files:
         # The signature says whose file it is, not that it is ciphertext.
@@ -91,24 +106,42 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
                 f"{entry.name} in {folder} is a plaintext weight file: nothing was sent",
                 hint="protect the folder with wmguard protect, and push that",
             )
-    signed = {entry.name for entry in manifest.files}
-    first, plain, left_out = [], [], []
+    if not (folder / RECIPIENTS_NAME).is_file():
+        raise NotFoundError(f"{folder} lacks {RECIPIENTS_NAME}", hint="fetch the whole protected folder")
+    found = contents(folder, manifest)
+    return Parcel(
+        folder=folder,
+        manifest=manifest,
+        signer=signer,
+        names=(*found.signed, *found.plain, *LAST),
+        left_out=found.left_out,
+        stamps=stamps,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What lies in a protected folder, manifest, envelope and recipients apart; names relative to it, with slashes."""
+
+    signed: tuple[str, ...]
+    plain: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def contents(folder: Path, manifest: Manifest) -> Contents:
+    """Return what of a protected folder is signed, what else may leave, and what stays. No file is read."""
+    listed = {entry.name for entry in manifest.files}
+    signed, plain, left_out = [], [], []
     for name in _visible(folder):
-        if name in signed:
-            first.append(name)
-        elif name in _LAST:
+        if name in listed:
+            signed.append(name)
+        elif name in LAST:
             continue
         elif not is_trainer_state(name) and any(fnmatchcase(name, pattern) for pattern in PLAIN_NAMES):
             plain.append(name)
         else:
             left_out.append(name)
-    return Parcel(
-        folder=folder,
-        manifest=manifest,
-        signer=signer,
-        names=(*first, *plain, *_LAST),
-        left_out=tuple(left_out),
-    )
+    return Contents(signed=tuple(signed), plain=tuple(plain), left_out=tuple(left_out))
 
 
 def _visible(folder: Path) -> list[str]:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from hf_wmguard.errors import ExposureError
+from hf_wmguard.stores.location import Location
 from hf_wmguard.stores.s3 import S3Place
 
 # Whoever pushes may not be allowed to ask, and a store may not know the question: neither means that it is open.
 _NOT_TOLD = frozenset({"AccessDenied", "403", "NotImplemented", "501", "MethodNotAllowed", "405"})
 _NONE = frozenset({"NoSuchPublicAccessBlockConfiguration", "NoSuchBucketPolicy", "404"})
+_PROBE = "wmguard_check"
 _EVERYBODY = {
     "http://acs.amazonaws.com/groups/global/AllUsers": "everybody",
     "http://acs.amazonaws.com/groups/global/AuthenticatedUsers": "every AWS account",
 }
+
+
+def check_s3(location: Location, *, allow_public: bool = False) -> None:
+    """Check that a push to a prefix will be let in. Nothing that readers see is changed.
+
+    Raises:
+        ExposureError: The bucket is public, unless that is allowed.
+        StoreError: S3 does not answer, or this user may not write there.
+        NotFoundError: No such bucket.
+    """
+    with closing(S3Place(location)) as place:
+        check_not_public(place, allow_public=allow_public)
+        place.read_pointer()
+        # Begun and given up at once: it shows who may write, and leaves neither an object nor a version.
+        key = location.key(_PROBE)
+        upload = place.call("create_multipart_upload", Key=key)
+        place.call("abort_multipart_upload", Key=key, UploadId=upload["UploadId"])
 
 
 def check_not_public(place: S3Place, *, allow_public: bool) -> tuple[str, ...]:
