@@ -26,6 +26,7 @@ RECIPIENT_SCHEMES = frozenset(
     {"awskms", "azurekv", "env", "file", "gcpkms", "keyring", "passphrase", "pkcs11", "rawkey", "vault"}
 )
 OWNER_SCHEMES = RECIPIENT_SCHEMES
+DESTINATION_SCHEMES = frozenset({"hub", "s3"})
 
 
 def _require(condition: bool, what: str, got: object, hint: str) -> None:
@@ -178,24 +179,30 @@ class ProtectionConfig:
         recipients: References to the recipients' public keys (``file:inference.key.pub``) or to keys that a
             service, a keyring or a token keeps (``awskms:alias/models``; ``docs/keys.md`` lists all). The owner can
             always open what the owner saved.
-        destination: A folder that gets the finished protected model when training ends, or None: only where the
-            Trainer saves.
+        destination: What gets the finished protected model when training ends: a folder, a Hub repo
+            (``hub://org/name``, also ``@branch``) or a bucket (``s3://bucket/prefix``). None: only where the Trainer
+            saves.
+        allow_public: Push even to a Hub repo that is public already. One that is made for a push is always private.
         hide_names: Hide names, number and sizes of the tensors in every save too; shards then have no index.
     """
 
     recipients: tuple[str, ...] = ()
     destination: str | None = None
     hide_names: bool = False
+    allow_public: bool = False
 
     def __post_init__(self) -> None:
         _settle(self, "protection")
         for recipient in self.recipients:
             _require_reference(recipient, "protection.recipients", RECIPIENT_SCHEMES)
+        # The scheme alone. What the rest of an address looks like is known to the stores, which stand below this room:
+        # the callback reads it in full as soon as it is made.
+        scheme, mark, _ = (self.destination or "").partition("://")
         _require(
-            self.destination is None or "://" not in self.destination,
+            not mark or scheme in DESTINATION_SCHEMES,
             "protection.destination",
             self.destination,
-            "this version writes to a folder; deliver the finished folder with your own tools",
+            "write a folder, hub://org/name or s3://bucket/prefix",
         )
 
 

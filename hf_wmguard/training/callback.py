@@ -23,13 +23,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.recipients import X25519Identity, load_recipient, seal_recipients
-from hf_wmguard.errors import ManifestError, UnsavedRunError, UsageError
+from hf_wmguard.delivery.checking import check_place
+from hf_wmguard.delivery.results import Pushed
+from hf_wmguard.errors import ManifestError, UnsavedRunError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.loading import read_state_dict
+from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.training.backends import ADAPTER
+from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved, save_finished
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.optimizer import OptimizerGuard
+from hf_wmguard.training.pushing import TrainerPushes
 from hf_wmguard.training.saving import Model, Save, guard_saves
 from hf_wmguard.training.support import check_arguments, check_model
 
@@ -59,14 +64,23 @@ class WatermarkCallback(TrainerCallback):
         if recipients:
             # A key that is never used: what refuses to wrap must say so now, not at the first save.
             seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
+        destination = config.protection.destination
+        self._destination = parse_location(destination) if destination and is_location(destination) else None
+        self._pushes: TrainerPushes | None = None
         self._holding = False
         self._optimizer = OptimizerGuard(self.mark.owner, hide_names=config.protection.hide_names)
         self._trainer: Trainer | None = None
         self._logging = False
 
     def attach(self, trainer: Trainer) -> None:
-        """Guard a Trainer's model from now on, and let the Trainer read encrypted checkpoints."""
-        self._trainer = trainer
+        """Guard a Trainer's model and its pushes from now on, and let the Trainer read encrypted checkpoints.
+
+        Raises:
+            ExposureError, StoreError: It pushes to a repo that is public, or that cannot be reached.
+        """
+        pushes = TrainerPushes(trainer, self.config.protection, lambda: self.mark.saved)
+        pushes.attach()
+        self._trainer, self._pushes = trainer, pushes
         self._guard(trainer.model)
 
         def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
@@ -91,8 +105,11 @@ class WatermarkCallback(TrainerCallback):
 
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
-        guard_saves(checked, self._save)
+        guard_saves(checked, self._save, self._push)
         return checked
+
+    def _push(self, folder: Path, repo: str, options: dict[str, Any]) -> Pushed:
+        return push_saved(folder, repo, options, allow_public=self.config.protection.allow_public)
 
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
         manifest = self.mark.save(model, plain_save, folder, kwargs)
@@ -129,10 +146,13 @@ class WatermarkCallback(TrainerCallback):
         check_arguments(args, attached=self._trainer is not None)
         model = self._guard(kwargs["model"])
         self._optimizer.guard(kwargs.get("optimizer"))
-        out, destination = Path(str(args.output_dir)), self.config.protection.destination
-        folders = [out, *out.glob("checkpoint-*")] + ([Path(destination)] if destination else [])
-        for folder in folders:
+        out, finished = Path(str(args.output_dir)), self._finished_folder(args)
+        for folder in [out, *out.glob("checkpoint-*")] + ([finished] if finished else []):
             check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
+        if self._pushes is not None:
+            self._pushes.check()
+        if self._destination is not None:
+            check_place(self._destination, allow_public=self.config.protection.allow_public)
         self.mark.begin(
             model,
             kwargs.get("processing_class"),
@@ -199,13 +219,31 @@ class WatermarkCallback(TrainerCallback):
             release()
             self._holding = False
         self.mark.finish()
-        destination = self.config.protection.destination
-        if destination is not None:
-            kwargs["model"].save_pretrained(destination)
-            if kwargs.get("processing_class") is not None:
-                kwargs["processing_class"].save_pretrained(destination)
+        finished = self._finished_folder(args)
+        if finished is not None:
+            save_finished(finished, kwargs["model"], kwargs.get("processing_class"))
         if not self.mark.saved:
             _logger.warning("%s", self._unsaved().message)
+        if finished is not None and self._destination is not None:
+            # Last: what fails here leaves a finished model on the disk.
+            deliver_folder(finished, self._destination, allow_public=self.config.protection.allow_public)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a push of the Trainer's own, which would upload whatever lies in its folder to a public repo."""
+        if self._pushes is None:
+            raise UnsupportedError(
+                "a bare callback cannot guard trainer.push_to_hub()",
+                hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+            )
+
+    def _finished_folder(self, args: TrainingArguments) -> Path | None:
+        """Return where the finished model is saved: the destination itself, or from where it is sent there."""
+        if self._destination is not None:
+            return Path(str(args.output_dir)) / DELIVERY
+        destination = self.config.protection.destination
+        return Path(destination) if destination is not None else None
 
     def _unsaved(self) -> UnsavedRunError:
         return UnsavedRunError(
@@ -239,6 +277,7 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
         KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
         UsageError: The Trainer is guarded already.
         UnsupportedError: A model or mode in which the promises cannot be kept; nothing has been changed.
+        ExposureError, StoreError: It pushes to a Hub repo that is public, or that cannot be reached; likewise.
     """
     if any(isinstance(other, WatermarkCallback) for other in trainer.callback_handler.callbacks):
         raise UsageError(

@@ -133,6 +133,11 @@ class OptimizerGuard:
         return "OptimizerGuard()"
 
 
+def is_note(state: object) -> bool:
+    """Return whether what ``optimizer.pt`` holds is the note about where the state is, and nothing else."""
+    return state == {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
+
+
 def _context(manifest: Manifest) -> FileContext:
     return FileContext(model_id=manifest.model_id, iteration=manifest.iteration, set_id=manifest.set_id, role=_ROLE)
 

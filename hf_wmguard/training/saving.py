@@ -6,6 +6,7 @@ The method is shadowed on the instance; a call through the class, ``PeftModel.sa
 from __future__ import annotations
 
 import copy
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,19 @@ Model = PreTrainedModel | PeftModel
 Sink = Callable[[Mapping[str, Tensor], Path, Mapping[str, str] | None], None]
 Save = Callable[..., None]
 GuardedSave = Callable[[Model, Save, Path, dict[str, Any]], None]
+GuardedPush = Callable[[Path, str, dict[str, Any]], Any]
 _WRITER = "safe_save_file"
+_PUSH_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+    "exist_ok",
+)
 _patching = threading.RLock()
 
 
@@ -73,17 +86,16 @@ class _GuardedSave:
     (``torch.save(model)``) fails, because the file would be plaintext.
     """
 
-    __slots__ = ("_model", "_save")
+    __slots__ = ("_model", "_push", "_save")
 
-    def __init__(self, model: Model, save: GuardedSave) -> None:
+    def __init__(self, model: Model, save: GuardedSave, push: GuardedPush) -> None:
         self._model = model
         self._save = save
+        self._push = push
 
     def __call__(self, save_directory: Any, **kwargs: Any) -> None:
-        if kwargs.get("push_to_hub"):
-            raise UnsupportedError(
-                "push_to_hub is not supported by this version", hint="save to a folder, then push that folder"
-            )
+        options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+        pushes, repo = kwargs.pop("push_to_hub", False), options.pop("repo_id", None)
         if kwargs.get("distributed_checkpoint"):
             raise UnsupportedError(
                 "distributed_checkpoint writes plaintext", hint="call save_pretrained without distributed_checkpoint"
@@ -97,9 +109,36 @@ class _GuardedSave:
             return
         plain = MethodType(type(self._model).save_pretrained, self._model)
         self._save(self._model, plain, Path(save_directory), kwargs)
+        if pushes:
+            self._push(Path(save_directory), repo or Path(save_directory).absolute().name, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedSave:
-        return _GuardedSave(copy.deepcopy(self._model, memo), self._save)
+        return _GuardedSave(copy.deepcopy(self._model, memo), self._save, self._push)
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a guarded model is not pickled: the file would be plaintext", hint="use model.save_pretrained(folder)"
+        )
+
+
+class _GuardedPush:
+    """Stands in for the ``push_to_hub`` of one model; as `_GuardedSave`, by which it saves."""
+
+    __slots__ = ("_model", "_push")
+
+    def __init__(self, model: Model, push: GuardedPush) -> None:
+        self._model = model
+        self._push = push
+
+    def __call__(self, repo_id: str, **kwargs: Any) -> Any:
+        options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            # What lies here until it is sent is ciphertext.
+            self._model.save_pretrained(folder, **kwargs)
+            return self._push(Path(folder), repo_id, options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedPush:
+        return _GuardedPush(copy.deepcopy(self._model, memo), self._push)
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -108,7 +147,7 @@ class _GuardedSave:
 
 
 class _RefusedSave:
-    """What stands where ``save_pretrained`` was on a model inside a guarded one."""
+    """What stands where ``save_pretrained`` and ``push_to_hub`` were on a model inside a guarded one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedError(
@@ -129,15 +168,18 @@ def inner_model(model: Model) -> PreTrainedModel:
     return inner  # type: ignore[no-any-return]
 
 
-def guard_saves(model: Model, save: GuardedSave) -> None:
-    """Shadow ``save_pretrained`` on one model, so that every save of it goes through ``save``.
+def guard_saves(model: Model, save: GuardedSave, push: GuardedPush) -> None:
+    """Shadow ``save_pretrained`` and ``push_to_hub`` on one model: every save of it goes through ``save``.
 
     The models inside it (``model.base_model``) share its weights, and refuse to be saved.
 
     Args:
         model: The model.
         save: Called with the model, the unguarded ``save_pretrained``, the folder and the other arguments.
+        push: Called with a folder that was just saved, the repo's name and the other arguments of ``push_to_hub``.
     """
     for part in model.modules():
         if isinstance(part, Model):
-            part.save_pretrained = _GuardedSave(model, save) if part is model else _RefusedSave()  # type: ignore[method-assign,assignment]
+            own: Any = part
+            own.save_pretrained = _GuardedSave(model, save, push) if part is model else _RefusedSave()
+            own.push_to_hub = _GuardedPush(model, push) if part is model else _RefusedSave()

@@ -87,7 +87,11 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         (args.deepspeed, "DeepSpeed, which writes plaintext partitions", "train without --deepspeed"),
         (args.fsdp, "FSDP, which writes plaintext shards", "train without --fsdp"),
         (args.fp16, "fp16 loss scaling", "use bf16=True or full precision"),
-        (args.push_to_hub, "push_to_hub", "save to a folder and push the finished folder"),
+        (
+            args.push_to_hub and not attached,
+            "push_to_hub beside a bare callback, which cannot reach the Trainer's pushes",
+            "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+        ),
         (
             "schedule_free" in args.optim,
             "a schedule-free optimizer, which trains other weights than it saves",

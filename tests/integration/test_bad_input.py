@@ -414,7 +414,6 @@ def _offloaded(trainer: Trainer) -> None:
 
 MODES: dict[str, tuple[Callable[[Trainer], None], str]] = {
     "fp16": (_set(fp16=True), "fp16"),
-    "push_to_hub": (_set(push_to_hub=True), "push_to_hub"),
     "deepspeed": (_set(deepspeed="ds.json"), "DeepSpeed"),
     "fsdp": (_set(fsdp=["full_shard"]), "FSDP"),
     "schedule-free": (_set(optim="schedule_free_adamw"), "schedule-free"),

@@ -211,10 +211,11 @@ def test_a_whole_number_will_do_for_an_iteration(tmp_path: Path) -> None:
     assert read_yaml(tmp_path, text).iteration == "3"
 
 
-@pytest.mark.parametrize("destination", ["s3://bucket/prefix", "hub://acme/triage"])
-def test_a_destination_is_a_folder(destination: str) -> None:
+@pytest.mark.parametrize("destination", ["out/final", "s3://bucket/prefix", "hub://acme/triage"])
+def test_a_destination_is_a_folder_or_an_address(destination: str) -> None:
+    assert ProtectionConfig(destination=destination).destination == destination
     with pytest.raises(ConfigError, match=r"protection\.destination"):
-        ProtectionConfig(destination=destination)
+        ProtectionConfig(destination="ftp://host/x")
 
 
 def test_recipients_are_a_list_of_references() -> None:
