@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hub import Hub
 from tiny import build_trainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,10 +37,10 @@ def run_commands(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_readme_from_keys_to_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, texts: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    keys, judge, *_ = blocks("console")
+    keys, deliver, judge, *_ = blocks("console")
     train, load = blocks("python")
     run_commands(keys, monkeypatch)
     # Only the size is changed: a model of a few hundred thousand weights needs a larger budget, and firmer triggers
@@ -55,6 +56,7 @@ def test_readme_from_keys_to_verdict(
     assert names["model"].config.num_labels == trainer.model.config.num_labels
     manifest, _ = read_manifest(tmp_path / "protected")
     assert manifest.state == "complete"
+    run_commands(deliver, monkeypatch)
     run_commands(judge, monkeypatch)
     assert (tmp_path / "plain" / "model.safetensors").is_file()
 
@@ -63,7 +65,7 @@ def test_readme_plans_and_marks_without_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    keys, _, plan, mark, original, stress = blocks("console")
+    keys, _, _, plan, mark, original, stress = blocks("console")
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=512, intermediate_size=512, num_hidden_layers=2)
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
