@@ -2,7 +2,7 @@
 
     python benchmarks/ranges.py [--layers 32] [--work DIR] [--json FILE]
 
-32 layers are 8.03e9 weights in bf16, 16 GB, and need room for about three times that in --work. The Hub is that of the
+32 layers are 8.03e9 weights in bf16, 16 GB, and need room for about twice that in --work. The Hub is that of the
 tests, in a process of its own on loopback, so that a download is as fast as it gets: over a network the ratio of times
 comes nearer to that of bytes. "Download" is `snapshot_download` into a folder; judging that folder is not counted.
 """
@@ -67,10 +67,10 @@ def run(layers: int, work: Path) -> dict[str, Any]:
         )
         for name in ("owner", "stranger")
     }
-    embed_folder(work / "plain", work / "marked", configs["owner"])
     # The stranger's key marked a model of the same shapes, of which only the registry is kept.
     embed_folder(work / "plain", work / "other", configs["stranger"])
     shutil.rmtree(work / "other")
+    embed_folder(work / "plain", work / "marked", configs["owner"])
     shutil.rmtree(work / "plain")
     api = HfApi()
     api.create_repo(REPO, private=True)

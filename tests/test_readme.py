@@ -57,6 +57,7 @@ def test_readme_from_keys_to_verdict(
     manifest, _ = read_manifest(tmp_path / "protected")
     assert manifest.state == "complete"
     run_commands(deliver, monkeypatch)
+    assert "hub://acme/triage" in (tmp_path / "pulled" / "README.md").read_text()
     run_commands(judge, monkeypatch)
     assert (tmp_path / "plain" / "model.safetensors").is_file()
 

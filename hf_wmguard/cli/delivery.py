@@ -19,6 +19,9 @@ def push(
     kms_key: Annotated[
         str | None, typer.Option("--kms-key", help="S3: key of AWS KMS that the store encrypts with, too.")
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card/--no-card", help="Bring the folder's README.md, its model card, up to date first.")
+    ] = True,
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Send it even to where everybody can read it.")
     ] = False,
@@ -38,6 +41,7 @@ def push(
         pushed = send(
             protected,
             dest,
+            card=card,
             allow_public=allow_public,
             checked=advance,
             started=started,

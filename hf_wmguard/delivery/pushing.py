@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hf_wmguard.delivery.parcel import Parcel, Progress, pack
+from hf_wmguard.atomic import write_atomic
+from hf_wmguard.delivery.card import write_card
+from hf_wmguard.delivery.parcel import CARD_NAME, Parcel, Progress, pack
 from hf_wmguard.delivery.results import Pushed
 from hf_wmguard.errors import UsageError
-from hf_wmguard.stores.location import parse_location
+from hf_wmguard.evidence.manifest import MANIFEST_NAME
+from hf_wmguard.stores.location import Location, parse_location
 
 # By scheme: module and function, and the options that it alone has.
 _PUSH = {
@@ -19,10 +22,34 @@ _PUSH = {
 }
 
 
+def bring_card(folder: Path, location: Location, *, token: str | None = None, tags: Sequence[str] = ()) -> None:
+    """Write the card of a folder that goes to a place; where it has none, it begins from the one that is there.
+
+    Args:
+        folder: The protected folder.
+        location: Where it goes.
+        token: Of the Hub, instead of the client's own.
+        tags: More tags for the card.
+    Raises:
+        NotFoundError, ManifestError, FormatError, EnvironmentFault: As `card.write_card`.
+        StoreError: As `hub.fetch_card`.
+    """
+    if location.scheme == "hub" and not (folder / CARD_NAME).exists() and (folder / MANIFEST_NAME).is_file():
+        from hf_wmguard.delivery.hub import fetch_card
+
+        # Somebody may have written one on the website.
+        there = fetch_card(location, token=token)
+        if there is not None:
+            write_atomic(folder / CARD_NAME, there)
+    write_card(folder, address=str(location), tags=tags)
+
+
 def push(
     folder: str | Path,
     uri: str,
     *,
+    card: bool = True,
+    tags: Sequence[str] = (),
     allow_public: bool = False,
     checked: Progress | None = None,
     started: Callable[[Parcel], None] | None = None,
@@ -36,6 +63,8 @@ def push(
     Args:
         folder: The protected folder; every signed file is checked before anything is sent.
         uri: ``hub://org/name`` (``@branch``) or ``s3://bucket/prefix``.
+        card: Bring the model card, the folder's ``README.md``, up to date before: what others wrote in it stays.
+        tags: More tags for the card.
         allow_public: Send it even to where everybody can read it.
         checked: Called with a file's name and the bytes just checked.
         started: Called with what is going to be sent.
@@ -57,6 +86,8 @@ def push(
         raise UsageError(
             f"{location.scheme}:// has no option {', '.join(unknown)}", hint=f"it has {', '.join(sorted(own))}"
         )
+    if card:
+        bring_card(Path(folder), location, token=given.get("token"), tags=tags)
     parcel = pack(Path(folder), progress=checked)
     if started is not None:
         started(parcel)

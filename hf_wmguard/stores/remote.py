@@ -98,6 +98,11 @@ class RemoteFile:
             return
         self._read(offset, buffer)
 
+    def fetch_head(self) -> None:
+        """Read the begin of the file now: of many files side by side, where each would wait for the one before."""
+        count = min(self._size_bytes, _HEAD_BYTES)
+        self.read_into(memoryview(bytearray(count)), 0)
+
     def _extend(self, stop: int) -> None:
         begin = len(self._head)
         head = bytearray(min(self._size_bytes, max(stop, _HEAD_BYTES)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hf_wmguard.container.plain import FileTensor, PlainFile
 from hf_wmguard.container.recipients import Identity
 from hf_wmguard.container.source import LocalFile
 from hf_wmguard.errors import AuthenticationError, FormatError, UnsupportedError
+from hf_wmguard.stores.remote import RemoteFile
 from hf_wmguard.suspects.adapter import Adapter, is_adapter
 from hf_wmguard.suspects.files import GGUF_SUFFIX, digest, weight_files
 from hf_wmguard.suspects.gguf import Gguf
@@ -102,6 +104,9 @@ def _open_path(path: Path, identities: tuple[Identity, ...], stack: ExitStack) -
 def _open_remote(remote: RemoteFolder, identities: tuple[Identity, ...], stack: ExitStack) -> Suspect:
     names, config = remote.weight_names(), _read_config(remote.folder)
     files = [remote.weights[name] for name in names]
+    with ThreadPoolExecutor(REMOTE_READERS) as pool:
+        for _ in pool.map(RemoteFile.fetch_head, files):
+            pass
     suffix = Path(names[0]).suffix
     if suffix == GGUF_SUFFIX:
         found = Gguf(files)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_wmguard.delivery.card import write_card as write_section
-from hf_wmguard.delivery.hub import fetch_card, open_hub
-from hf_wmguard.delivery.parcel import CARD_NAME
+from hf_wmguard.delivery.hub import open_hub
 from hf_wmguard.delivery.pushing import push
 from hf_wmguard.delivery.results import Pushed
 from hf_wmguard.errors import ExposureError, UnsupportedError, WmguardError
@@ -19,13 +17,12 @@ DELIVERY = "delivery"
 
 
 def deliver_folder(folder: Path, location: Location, *, allow_public: bool) -> Pushed:
-    """Write the card of a protected folder that nobody writes into now, and send it; the folder stays in any case.
+    """Send a protected folder that nobody writes into now, with a card; it stays in any case.
 
     Raises:
         WmguardError: As `push`; its hint says how to send the folder later.
     """
     try:
-        write_card(folder, location, None)
         return push(folder, str(location), allow_public=allow_public)
     except WmguardError as error:
         raise later(error, folder, location) from error
@@ -45,8 +42,8 @@ def push_saved(folder: Path, repo: str, options: Mapping[str, Any], *, allow_pub
     check_private(options.get("private"), allow_public)
     location = open_hub(repo, revision=options.get("revision"), allow_public=allow_public, token=token)
     message = options.get("commit_message") or "Upload model"
-    write_card(folder, location, token, tags=options.get("tags") or ())
-    return push(folder, str(location), allow_public=allow_public, commit_message=message, token=token)
+    tags = tuple(options.get("tags") or ())
+    return push(folder, str(location), tags=tags, allow_public=allow_public, commit_message=message, token=token)
 
 
 def check_private(private: object, allow_public: bool) -> None:
@@ -60,16 +57,6 @@ def check_private(private: object, allow_public: bool) -> None:
             "a public repo is asked for",
             hint="leave out private=False (hub_private_repo), or set protection.allow_public",
         )
-
-
-def write_card(folder: Path, location: Location, token: str | None, *, tags: Sequence[str] = ()) -> None:
-    """Write the card of a folder that goes to a place; where it has none, it begins from the one that is there."""
-    if location.scheme == "hub" and not (folder / CARD_NAME).exists():
-        # Somebody may have written one on the website.
-        card = fetch_card(location, token=token)
-        if card is not None:
-            (folder / CARD_NAME).write_bytes(card)
-    write_section(folder, address=str(location), tags=tags)
 
 
 def later(error: WmguardError, folder: Path, location: Location) -> WmguardError:

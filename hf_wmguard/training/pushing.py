@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from hf_wmguard.config import ProtectionConfig
 from hf_wmguard.delivery.hub import check_hub, open_hub, push_to_hub
 from hf_wmguard.delivery.parcel import CARD_NAME, pack
+from hf_wmguard.delivery.pushing import bring_card
 from hf_wmguard.delivery.results import Pushed
 from hf_wmguard.delivery.snapshot import snapshot
 from hf_wmguard.errors import ManifestError, StoreError, WmguardError
@@ -32,7 +33,6 @@ from hf_wmguard.training.delivering import (
     check_private,
     later,
     save_finished,
-    write_card,
 )
 from hf_wmguard.training.optimizer import TRAINER_NAME, is_note
 
@@ -224,7 +224,7 @@ class TrainerPushes:
         with stack:
             if not job.resumable:
                 # A checkpoint's folder is for the Trainer, not for visitors.
-                write_card(copy, job.location, job.token)
+                bring_card(copy, job.location, token=job.token)
             parcel = pack(copy)
             if job.resumable:
                 state = tuple(name for name in _STATE if (copy / name).is_file())
