@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from typing import Any
 
@@ -97,12 +98,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | None) -> None:
     kind = accelerator.distributed_type if accelerator is not None else DistributedType.NO
+    processes = _processes(accelerator)
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     refused: list[tuple[bool, str, str]] = [
         (kind == DistributedType.DEEPSPEED, "DeepSpeed, which writes plaintext partitions", "use one process"),
         (kind == DistributedType.FSDP, "FSDP, which writes plaintext shards", "use one process"),
         (kind not in known, f"accelerate's {kind.value}", "use one CPU or CUDA device"),
-        (_processes(accelerator) > 1, "more than one process", "start one process"),
+        (processes > 1, "more than one process", "start one process"),
+        (
+            int(os.environ.get("WORLD_SIZE", "1")) > processes,
+            "several processes that know nothing of each other and would write the same files",
+            "start one process; on CPUs set ACCELERATE_USE_CPU=true, so that accelerate joins them",
+        ),
         (isinstance(model, nn.DataParallel), "torch.nn.DataParallel", "use one device"),
         (
             "schedulefree" in type(_inner(optimizer)).__name__.lower(),

@@ -428,6 +428,16 @@ def test_what_cannot_be_guarded_is_refused_at_once(
     assert not Path(config.registry).exists()
 
 
+def test_processes_that_know_nothing_of_each_other_are_refused(
+    make_loop: MakeLoop, config: WatermarkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop()
+    # As accelerate's launcher leaves it on CPUs, where each process takes itself for the only one.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="know nothing of each other"):
+        loop.protect(config)
+
+
 def test_the_names_of_the_contract(make_loop: MakeLoop, config: WatermarkConfig) -> None:
     loop = make_loop()
     config = dataclasses.replace(config, triggers=None)

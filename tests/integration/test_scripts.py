@@ -45,10 +45,12 @@ def start(tmp_path: Path) -> Start:
         "CUDA_VISIBLE_DEVICES": "",
     }
 
-    def run(*words: str, launcher: tuple[str, ...] = (), code: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        *words: str, launcher: tuple[str, ...] = (), code: int = 0, **more: str
+    ) -> subprocess.CompletedProcess[str]:
         watermark = [word for name, value in where.items() for word in (f"--watermark.{name}", value)]
         command = [sys.executable, *launcher, *words, *watermark]
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env={**variables, **more}, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr[-4000:]
         return done
 
@@ -105,8 +107,8 @@ def test_finetune_accelerate_and_go_on_from_its_checkpoint(
     tmp_path: Path, start: Start, check_saved: CheckSaved
 ) -> None:
     launcher = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/single.yaml")
-    settings = ["--config", "configs/loop.yaml", "--epochs", "2", "--batch_size", "160", "--checkpoint_every", "7"]
-    script = ("scripts/finetune_accelerate.py", *settings)
+    settings = ["--config", "configs/loop.yaml", "--epochs", "2", "--batch_size", "160", "--max_length", "8"]
+    script = ("scripts/finetune_accelerate.py", *settings, "--checkpoint_every", "14")
     start(*script, "--output_dir", str(tmp_path / "out"), launcher=launcher)
     check_saved(tmp_path / "out", AutoModelForCausalLM)
     assert read_manifest(tmp_path / "out" / "checkpoint-14")[0].state == "ramping"
@@ -140,14 +142,14 @@ def test_accelerate_reads_the_config(name: str) -> None:
 
 def test_the_ddp_config_starts_two_processes_on_a_cpu(tmp_path: Path, start: Start) -> None:
     config = (ROOT / "configs" / "accelerate" / "ddp.yaml").read_text()
-    # Only what the file itself says to change on a machine without a GPU, and for the port: any that is free.
+    # What the file itself says to change on a machine without a GPU, and a port that is free.
     config = config.replace("use_cpu: false", "use_cpu: true") + "main_process_port: 0\n"
     (tmp_path / "ddp.yaml").write_text(config)
     (tmp_path / "count.py").write_text(
         "from accelerate import Accelerator\na = Accelerator()\nprint('processes', a.num_processes)\na.end_training()\n"
     )
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "ddp.yaml"))
-    done = start(str(tmp_path / "count.py"), launcher=launcher)
+    done = start(str(tmp_path / "count.py"), launcher=launcher, ACCELERATE_USE_CPU="true")
     assert done.stdout.count("processes 2") == 2
 
 
