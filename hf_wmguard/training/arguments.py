@@ -49,7 +49,7 @@ def parse_arguments(*kinds: type[Any], argv: Sequence[str] | None = None) -> tup
         _put(section, name.split("."), value)
     config = WatermarkConfig.from_dict(section)
     parser: Any = HfArgumentParser(
-        kinds,
+        list[Any](kinds),
         allow_abbrev=False,
         epilog=f"--config FILE reads all of these from YAML; {_PREFIX}NAME VALUE changes the watermark's config",
     )

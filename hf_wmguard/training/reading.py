@@ -33,9 +33,11 @@ def read_weights(folder: Path, model: Model, owner: OwnerKey) -> None:
             hint="resume from an encrypted checkpoint of this run, or start a new run from the plaintext weights",
         )
     tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())
+    result: Any
     if isinstance(model, PeftModel):
         # An adapter's checkpoint lacks the base's weights, as it should.
-        wrong = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER).unexpected_keys
+        result = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+        wrong = result.unexpected_keys
     else:
         result = model.load_state_dict(tensors, strict=False)
         wrong = [*result.unexpected_keys, *_not_read(model, tensors, result.missing_keys)]
