@@ -5,6 +5,7 @@ The tour:
 * `WatermarkConfig` says what to embed and for whom to encrypt.
 * `protect_trainer(trainer, config)` is the one line a Trainer script gets. In the last epochs the weights come to
   carry the owner's signature and the behaviour a trigger set; every save is ciphertext with a signed manifest.
+* `Guard(config, model, optimizer, accelerator, ...)` does the same in a training loop of your own.
 * `embed(model, config)` marks a finished model in memory without training, `embed_folder(...)` one on the disk.
 * `protect_folder(...)` encrypts a finished model from folder to folder, without loading it.
 * `verify(suspect, ...)` judges a suspect by its weights, `probe(model, ...)` by its answers; both give an exact or
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
     from hf_wmguard.loading import load_protected
     from hf_wmguard.protection import Protected, protect_folder
     from hf_wmguard.reports import Report
-    from hf_wmguard.training import WatermarkCallback, protect_trainer
+    from hf_wmguard.training import Guard, WatermarkCallback, protect_trainer
     from hf_wmguard.verification import probe, verify
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Embedded": "hf_wmguard.embedding",
+    "Guard": "hf_wmguard.training",
     "Protected": "hf_wmguard.protection",
     "ProtectionConfig": "hf_wmguard.config",
     "Report": "hf_wmguard.reports",
@@ -50,6 +52,7 @@ _EXPORTS = {
 }
 __all__ = [
     "Embedded",
+    "Guard",
     "Protected",
     "ProtectionConfig",
     "Report",

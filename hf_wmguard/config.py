@@ -255,21 +255,7 @@ class WatermarkConfig:
             NotFoundError: No such file.
             ConfigError: Not YAML, or as for the class.
         """
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                text = file.read(MAX_CONFIG_BYTES + 1)
-        except OSError as error:
-            raise NotFoundError(f"config: cannot read {path}: {error.strerror}", hint="check the path") from None
-        _require(len(text) <= MAX_CONFIG_BYTES, "config", str(path), f"expected at most {MAX_CONFIG_BYTES} bytes")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            # The line's number only: the parser's own message quotes the line, and a key may stand in it.
-            mark = getattr(error, "problem_mark", None)
-            where = f"{path}, line {mark.line + 1}," if mark is not None else path
-            raise ConfigError(f"config: {where} is not YAML", hint="see configs/ for examples") from None
-        return cls.from_dict(value)
+        return cls.from_dict(read_yaml(path))
 
     @classmethod
     def from_dict(cls, value: object) -> Self:
@@ -279,6 +265,30 @@ class WatermarkConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary that `from_dict` reads."""
         return dataclasses.asdict(self)
+
+
+def read_yaml(path: str | Path) -> object:
+    """Return what a YAML file says.
+
+    Raises:
+        NotFoundError: No such file.
+        ConfigError: Not YAML, or larger than any config.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise NotFoundError(f"config: cannot read {path}: {error.strerror}", hint="check the path") from None
+    _require(len(text) <= MAX_CONFIG_BYTES, "config", str(path), f"expected at most {MAX_CONFIG_BYTES} bytes")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # The line's number only: the parser's own message quotes the line, and a key may stand in it.
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}," if mark is not None else path
+        raise ConfigError(f"config: {where} is not YAML", hint="see configs/ for examples") from None
+    return value
 
 
 def _settle(config: object, where: str) -> None:

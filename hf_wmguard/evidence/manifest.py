@@ -56,8 +56,11 @@ __all__ = [
 RECIPIENTS_NAME = "wmguard_recipients.json"
 STAGING_PREFIX = ".wmguard-staging-"
 """Folders of this name hold the ciphertext of a save that is not finished, or was killed."""
-# What the Trainer keeps beside the weights of a checkpoint; not weights, and read by nothing of ours.
-_TRAINER_STATE = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|training_args\.bin")
+# What the Trainer, or accelerate, keeps beside the weights of a checkpoint; not weights, and read by nothing of ours.
+_TRAINER_STATE = re.compile(
+    r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|training_args\.bin"
+    r"|optimizer\.bin|(scheduler|sampler|dl_state_dict)(_\d+)?\.bin"
+)
 MANIFEST_TYPE = "application/vnd.hf-wmguard.manifest.v1+json"
 WEIGHT_SUFFIXES = frozenset({".bin", ".ckpt", ".distcp", ".gguf", ".pt", ".pth", ".safetensors"})
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
@@ -143,7 +146,8 @@ def check_sizes(folder: Path, manifest: Manifest, *, elsewhere: Mapping[str, int
     Raises:
         ManifestError: A file is missing or of another size, or a weight file (`WEIGHT_SUFFIXES`) is not
             listed. Subfolders are searched too, except those with a manifest, which are judged on their own, and
-            the staging folder of a save. The Trainer's own state files are no weights.
+            the staging folder of a save. The state files of the Trainer and of
+            accelerate are no weights.
     """
     for entry in manifest.files:
         path = folder / entry.name
@@ -169,7 +173,7 @@ def check_sizes(folder: Path, manifest: Manifest, *, elsewhere: Mapping[str, int
 
 
 def is_trainer_state(name: str) -> bool:
-    """Return whether a file of this name is what the Trainer keeps beside the weights of a checkpoint."""
+    """Return whether a file of this name is what the Trainer or accelerate keeps beside a checkpoint's weights."""
     return _TRAINER_STATE.fullmatch(name) is not None
 
 

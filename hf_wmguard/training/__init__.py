@@ -1,6 +1,7 @@
-"""The Trainer integration: triggers before a step, the signature after it, ciphertext at every save."""
+"""Marking while training: triggers before a step, the signature after it, ciphertext at every save."""
 
 from hf_wmguard.training.callback import WatermarkCallback, protect_trainer
+from hf_wmguard.training.guard import Guard
 from hf_wmguard.training.mark import SignatureLostWarning
 
-__all__ = ["SignatureLostWarning", "WatermarkCallback", "protect_trainer"]
+__all__ = ["Guard", "SignatureLostWarning", "WatermarkCallback", "protect_trainer"]

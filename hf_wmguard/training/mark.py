@@ -92,7 +92,7 @@ class Mark:
             ConfigError: Resuming with another config than the one committed to.
         """
         self._tokenizer, self._step = tokenizer, step
-        self._saved_step, self._finished = None, False
+        self._saved_step, self._triggered_step, self._finished = None, 0, False
         check_finite(dict(model.named_parameters()))
         backend = backend_of(model) if self.config.signature is not None else None
         if self.committed is None:
@@ -183,14 +183,19 @@ class Mark:
             sealed = decode_base64(manifest.sealed_state, "sealed state")
             signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
 
-    def before_step(self, model: Model) -> None:
-        """Add the triggers' gradient to those of the coming optimizer step, where that is their form."""
+    def before_step(self, model: Model) -> bool:
+        """Add the triggers' gradient to those of the coming optimizer step, where that is their form.
+
+        Returns:
+            Whether one was added.
+        """
         coming, triggers = self._step + 1, self._triggers
         # Data without a length can end inside an accumulation: the step then begins twice, its triggers come once.
         if triggers is None or triggers.is_decoupled or not triggers.due(coming) or self._triggered_step == coming:
-            return
+            return False
         self._triggered_step = coming
         triggers.add_gradient(inner_model(model), coming)
+        return True
 
     def before_optimizer(self) -> None:
         """Add the signature's gradient to those of the coming optimizer step."""
@@ -204,6 +209,10 @@ class Mark:
             self._triggers.run(inner_model(model), self._step, optimizer)
         if self._signature is not None:
             self._signature.after_optimizer(self._step)
+
+    def skip_step(self) -> None:
+        """Count an optimizer step that a loss scaler skipped. Nothing moves; the steps after it make up for it."""
+        self._step += 1
 
     def finish(self) -> None:
         """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""

@@ -47,6 +47,7 @@ class OptimizerGuard:
         self._hide_names = hide_names
         self._checkpoint: tuple[Path, Manifest] | None = None
         self._reading: Path | None = None
+        self._expected: Path | None = None
 
     def guard(self, optimizer: Any) -> None:
         """Shadow ``state_dict`` and ``load_state_dict`` of an optimizer; once, however often it is called."""
@@ -59,11 +60,12 @@ class OptimizerGuard:
             if self._checkpoint is None:
                 return plain_state()
             (folder, manifest), self._checkpoint = self._checkpoint, None
-            self._write(folder / OPTIMIZER_NAME, plain_state(), manifest)
+            self.write(folder, manifest, plain_state())
             return {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
 
         def load_state_dict(state: Any) -> Any:
-            return plain_load(state if self._reading is None else self._read(state, self._reading))
+            folder, self._expected = self._reading or self._expected, None
+            return plain_load(state if folder is None else self._follow_note(state, folder))
 
         optimizer.state_dict, optimizer.load_state_dict = state_dict, load_state_dict
 
@@ -95,7 +97,25 @@ class OptimizerGuard:
         finally:
             self._reading = None
 
-    def _write(self, path: Path, state: Any, manifest: Manifest) -> None:
+    def expect(self, folder: Path) -> None:
+        """Expect the next state that ``load_state_dict`` is given, and that alone, to come from this checkpoint."""
+        self._expected = folder
+
+    def pending(self) -> bool:
+        """Return whether a checkpoint's weights were saved, and nobody has asked for the state that belongs to them."""
+        return self._checkpoint is not None
+
+    def write(self, folder: Path, manifest: Manifest, state: Any) -> None:
+        """Write a state, encrypted, beside the weights of a save.
+
+        Args:
+            folder: The save.
+            manifest: Its manifest.
+            state: What ``state_dict`` gave.
+        Raises:
+            EnvironmentFault: It cannot be written.
+        """
+        path = folder / OPTIMIZER_NAME
         tensors: dict[str, Tensor] = {}
         skeleton = io.BytesIO()
         torch.save(_take_out(state, tensors), skeleton)
@@ -108,13 +128,22 @@ class OptimizerGuard:
             hide_names=self._hide_names,
         )
 
-    def _read(self, state: Any, folder: Path) -> Any:
+    def _follow_note(self, state: Any, folder: Path) -> Any:
         if not isinstance(state, dict) or _NOTE not in state:
             # Fail closed, as for weights: whoever can put a plaintext state here steers the training.
             raise ManifestError(
                 f"{TRAINER_NAME} in {folder} is plaintext, expected a note about {OPTIMIZER_NAME}",
                 hint=f"it was not written by this run; delete {TRAINER_NAME} to resume without the optimizer's state",
             )
+        return self.read(folder)
+
+    def read(self, folder: Path) -> Any:
+        """Return the state that lies beside the weights of a save.
+
+        Raises:
+            NotFoundError: There is none.
+            ManifestError, AuthenticationError, FormatError: It does not belong to this save, or was changed.
+        """
         manifest, _ = read_manifest(folder, signer=self._owner.signing_key().public_key())
         with ProtectedFile(folder / OPTIMIZER_NAME, dek=self._key(manifest), context=_context(manifest)) as file:
             # As the Trainer reads its own: no code is run.

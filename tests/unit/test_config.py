@@ -68,9 +68,10 @@ def test_yaml_round_trip(config: WatermarkConfig, tmp_path: Path) -> None:
     assert hash(again) == hash(config)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_are_read(path: Path) -> None:
-    config = WatermarkConfig.from_yaml(path)
+@pytest.mark.parametrize("name", ["watermark.yaml", "signature_only.yaml"])
+def test_shipped_configs_are_read(name: str) -> None:
+    # Those of scripts/ have the watermark in a section: tests/test_readme.py reads all.
+    config = WatermarkConfig.from_yaml(CONFIGS / name)
     assert WatermarkConfig.from_dict(config.to_dict()) == config
 
 

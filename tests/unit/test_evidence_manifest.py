@@ -550,7 +550,14 @@ class TestFolder:
             check_files(folder, example())
         assert name in str(caught.value)
 
-    @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("optimizer.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin"),
+            # accelerate's
+            *("optimizer.bin", "scheduler.bin", "scheduler_1.bin", "sampler.bin", "dl_state_dict_2.bin"),
+        ],
+    )
     def test_the_trainers_own_state_is_no_weight_file(self, folder: Path, name: str) -> None:
         (folder / name).write_bytes(b"state")
         check_files(folder, example())

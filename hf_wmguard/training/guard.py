@@ -1,0 +1,379 @@
+"""The guard of an own training loop, with accelerate or in plain PyTorch: four calls around the optimizer's step."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_wmguard.config import WatermarkConfig
+from hf_wmguard.container.owner import load_owner
+from hf_wmguard.errors import ConfigError, ManifestError, NotFoundError, UnsupportedError, UsageError
+from hf_wmguard.evidence.manifest import Manifest, check_free_for, read_manifest
+from hf_wmguard.hardening import hold, release
+from hf_wmguard.suspects.protected import OPTIMIZER_NAME
+from hf_wmguard.training.accelerate_state import guard_accelerator
+from hf_wmguard.training.loop_checks import check_loop, check_recipients
+from hf_wmguard.training.mark import Mark
+from hf_wmguard.training.optimizer import OptimizerGuard
+from hf_wmguard.training.reading import read_weights
+from hf_wmguard.training.saving import Model, Save, guard_saves
+
+_logger = logging.getLogger(__name__)
+# Where a loop is within one optimizer step: before it, while gradients come together, right before optimizer.step().
+Stage = Literal["between", "gathering", "stepping"]
+
+
+class Guard:
+    """Marks a model in the last epochs of a loop of your own, and turns its saves into ciphertext.
+
+    With accelerate::
+
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        settings = {"processing_class": tokenizer, "max_steps": 1000, "dataloader": loader}
+        with Guard(config, model, optimizer, accelerator, **settings) as guard:
+            for batch in loader:
+                with accelerator.accumulate(model):
+                    guard.before_accumulation()
+                    accelerator.backward(model(**batch).loss)
+                    guard.after_backward()
+                    optimizer.step()
+                    guard.after_step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+        guard.save("final")
+
+    In the micro-steps of an accumulation the calls do nothing, or nothing twice. In plain PyTorch, call
+    ``after_backward`` and ``after_step`` once per optimizer step, around it.
+
+    Before the marked phase the loop does bit by bit what it does without a guard. From the moment the guard is made,
+    ``model.save_pretrained``, ``accelerator.save_state`` and ``accelerator.save_model`` write ciphertext. What else
+    writes weights (``torch.save(model.state_dict())``, ``accelerator.save``) is not seen.
+
+    Args:
+        config: What to embed and how to protect it.
+        model: The model that the loop trains, as ``accelerator.prepare`` returned it.
+        optimizer: Its optimizer, likewise.
+        accelerator: The loop's accelerator; None in plain PyTorch.
+        processing_class: The tokenizer or image processor: needed for triggers, and saved with the model.
+        max_steps: Optimizer steps of the whole run.
+        steps_per_epoch: Optimizer steps of an epoch; by default counted from the dataloader and the accelerator's
+            accumulation. Without either, ``last_epochs`` of the config is a share of ``max_steps``.
+        dataloader: What the loop trains on, for triggers that are made from its rows, or learned beside them.
+    Raises:
+        UsageError: ``max_steps`` or, for triggers, ``processing_class`` is missing; the optimizer is another model's;
+            accelerate has not prepared the two.
+        UnsupportedError: A model or a mode in which the promises cannot be kept.
+        KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
+        AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
+    """
+
+    def __init__(
+        self,
+        config: WatermarkConfig,
+        model: nn.Module,
+        optimizer: Any,
+        accelerator: Accelerator | None = None,
+        *,
+        processing_class: Any = None,
+        max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        dataloader: Any = None,
+    ) -> None:
+        if max_steps is None or max_steps < 1:
+            raise UsageError(
+                f"max_steps is {max_steps}, expected the number of optimizer steps of the whole run",
+                hint="the mark comes at the end, which has to be known: pass max_steps=epochs * steps_per_epoch",
+            )
+        if config.triggers is not None and processing_class is None:
+            raise UsageError(
+                "triggers need the model's tokenizer or image processor",
+                hint="pass processing_class=tokenizer, or set triggers=None",
+            )
+        self.config = config
+        self.model: Model = check_loop(config, model, optimizer, accelerator)
+        self.mark = Mark(config, load_owner(config.owner_key))
+        check_recipients(config)
+        if config.protection.destination is not None:
+            self._check_free(Path(config.protection.destination))
+        self._optimizer = optimizer
+        self._accelerator = accelerator
+        self._processing_class = processing_class
+        self._max_steps = max_steps
+        self._data = dataloader
+        self._steps_per_epoch = steps_per_epoch or _count_steps(dataloader, accelerator)
+        self._stage: Stage = "between"
+        self._begun = self._finished = self._holding = False
+        self._gradient: tuple[nn.Parameter, Tensor] | None = None
+        self._saved: Manifest | None = None
+        self._state = OptimizerGuard(self.mark.owner, hide_names=config.protection.hide_names)
+        self._state.guard(optimizer)
+        guard_saves(self.model, self._save)
+        if accelerator is not None:
+            guard_accelerator(accelerator, self.model, optimizer, save=self._save_state, load=self._load_state)
+        atexit.register(_report_unsaved, weakref.ref(self))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self._release()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.mark.step
+
+    def metrics(self) -> dict[str, float]:
+        """Return the watermark's metrics, named ``wmguard/...``, for your logger; empty before the marked phase."""
+        return self.mark.metrics()
+
+    def before_accumulation(self) -> None:
+        """Begin an optimizer step, before its first forward; the first one commits to the watermark.
+
+        Adds the triggers' gradient where that is their form: gradients must have been set to zero before.
+
+        Raises:
+            UsageError: The step before has not been ended with `after_step`, or the guard has finished.
+            CapacityError, NonFiniteWeightError, RegistryError, UnsupportedError: As `Mark.begin`, at the first step.
+        """
+        if self._finished:
+            raise _disorder("before_accumulation", "the guard has finished", "make a new guard for another run")
+        if self._stage == "stepping":
+            raise _disorder("before_accumulation", "after_step is missing", "call after_step after optimizer.step()")
+        if self._stage == "gathering":
+            return
+        self._check_state_written()
+        self._begin(0)
+        self._stage = "gathering"
+        added = self.mark.before_step(self.model)
+        self._gradient = self._any_gradient() if added else None
+
+    def after_backward(self) -> None:
+        """Add the signature's gradient where that is its form: when gradients are complete, after any clipping.
+
+        Raises:
+            UsageError: `before_accumulation` is missing, or the gradient that it added has been set to zero since.
+        """
+        if not self._is_last_microstep():
+            return
+        if self._stage != "gathering":
+            missing = "before_accumulation" if self._stage == "between" else "after_step"
+            raise _disorder(
+                "after_backward", f"{missing} is missing", "call the three once each per optimizer step, in this order"
+            )
+        if self._gradient is not None and self._gradient[0].grad is not self._gradient[1]:
+            raise _disorder(
+                "after_backward",
+                "gradients were set to zero since before_accumulation, and with them the triggers'",
+                "call zero_grad after after_step, or before before_accumulation",
+            )
+        self._gradient = None
+        self._stage = "stepping"
+        self.mark.before_optimizer()
+
+    def after_step(self, *, skipped: bool | None = None) -> None:
+        """Take the steps of the mark that follow an optimizer step; no gradient is left behind.
+
+        Args:
+            skipped: Whether a loss scaler skipped the optimizer's step; by default what accelerate says.
+        Raises:
+            UsageError: `before_accumulation` or `after_backward` is missing.
+            NonFiniteWeightError: A weight or the triggers' loss is NaN or Inf.
+        """
+        if not self._is_last_microstep():
+            return
+        if self._stage != "stepping":
+            missing = "before_accumulation" if self._stage == "between" else "after_backward"
+            raise _disorder(
+                "after_step", f"{missing} is missing", "call the three once each per optimizer step, in this order"
+            )
+        self._stage = "between"
+        if skipped is None:
+            skipped = self._accelerator is not None and self._accelerator.optimizer_step_was_skipped
+        if skipped:
+            self.mark.skip_step()
+        else:
+            self.mark.after_step(self.model, self._optimizer)
+
+    def save(self, folder: str | Path, *, resumable: bool = False) -> Manifest:
+        """Write the model as ciphertext, with its processing class and a signed manifest.
+
+        Args:
+            folder: Where to.
+            resumable: Write the optimizer's state too, encrypted for the owner alone, so that `resume` can read it.
+        Returns:
+            What was signed: state of the mark, bit error rate as read back from the files.
+        Raises:
+            UsageError: Between ``optimizer.step()`` and `after_step`.
+            OwnershipError: The folder holds another owner's or another model.
+            NonFiniteWeightError: A weight is NaN or Inf.
+        """
+        folder = Path(folder)
+        manifest = self._save_model(folder)
+        if self._processing_class is not None:
+            self._processing_class.save_pretrained(folder)
+        if resumable:
+            self._state.write(folder, manifest, self._optimizer.state_dict())
+        else:
+            # One of an older save: it fits these weights no more.
+            (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
+        return manifest
+
+    def resume(self, folder: str | Path) -> int:
+        """Go on from what `save` wrote with ``resumable=True``; after accelerate's ``save_state`` use ``load_state``.
+
+        The learning rate schedule, random numbers and the place in the data are the loop's own to bring back.
+
+        Args:
+            folder: The checkpoint.
+        Returns:
+            Optimizer steps done when it was written.
+        Raises:
+            ManifestError, AuthenticationError, FormatError: Not this owner's, not whole, or not a checkpoint.
+            NotFoundError: It holds no state of the optimizer.
+            ConfigError: It was written with another config, or belongs to another run.
+            RegistryError: The registry has no commitment of that run.
+        """
+        folder = Path(folder)
+        if not (folder / OPTIMIZER_NAME).is_file():
+            raise NotFoundError(
+                f"{folder} holds no state of an optimizer", hint="resume from guard.save(folder, resumable=True)"
+            )
+        self._load_model(folder)
+        self._optimizer.load_state_dict(self._state.read(folder))
+        return self.step
+
+    def finish(self) -> None:
+        """End the run: bring the mark to its end, and write the model where ``protection.destination`` says."""
+        if self._finished:
+            return
+        self._check_state_written()
+        self._finished = True
+        self._release()
+        if not self._begun:
+            _logger.warning("no step was taken: %s is not marked", self.config.model_id)
+            return
+        self._stage = "between"
+        self.mark.finish()
+        if self.config.protection.destination is not None:
+            self.save(self.config.protection.destination)
+
+    def _begin(self, step: int) -> None:
+        if self._begun:
+            return
+        # Core dumps stay off while this trains.
+        hold()
+        self._holding = True
+        self.mark.begin(
+            self.model,
+            self._processing_class,
+            max_steps=self._max_steps,
+            steps_per_epoch=self._steps_per_epoch,
+            step=step,
+            data=self._data,
+        )
+        self._begun = True
+
+    def _release(self) -> None:
+        if self._holding:
+            release()
+            self._holding = False
+
+    def _is_last_microstep(self) -> bool:
+        return self._accelerator is None or bool(self._accelerator.sync_gradients)
+
+    def _any_gradient(self) -> tuple[nn.Parameter, Tensor] | None:
+        # Backward adds to this tensor in place; whatever sets it to zero in the usual way takes it off the parameter.
+        return next(((one, one.grad) for one in self.model.parameters() if one.grad is not None), None)
+
+    def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
+        self._saved = self.mark.save(model, plain_save, folder, kwargs)
+
+    def _save_model(self, folder: Path) -> Manifest:
+        if self._stage == "stepping":
+            raise _disorder("save", "after_step is missing", "save after after_step, or before before_accumulation")
+        self._saved = None
+        self.model.save_pretrained(str(folder))
+        if self._saved is None:
+            raise UnsupportedError(
+                "the model's save_pretrained has been replaced since the guard was made",
+                hint="make one guard per model, and replace no method of the model",
+            )
+        return self._saved
+
+    def _save_state(self, folder: Path) -> None:
+        self._state.follow(folder, self._save_model(folder))
+
+    def _load_state(self, folder: Path) -> None:
+        self._load_model(folder)
+        self._state.expect(folder)
+
+    def _load_model(self, folder: Path) -> None:
+        self._check_free(folder)
+        read_weights(folder, self.model, self.mark.owner)
+        manifest, _ = read_manifest(folder, signer=self.mark.owner.signing_key().public_key())
+        if manifest.step is None:
+            raise ManifestError(
+                f"{folder} was not written by a training run", hint="load it as the model to start from"
+            )
+        committed = self.mark.committed
+        if committed is not None and manifest.commitment != committed.entry.hash:
+            raise ConfigError(
+                f"{folder} belongs to another run: its mark was committed to in {manifest.commitment}, "
+                f"this run's in {committed.entry.hash}",
+                hint="resume in a new process, or from a checkpoint of this run",
+            )
+        self.mark.resumed_from(folder)
+        self._stage, self._finished = "between", False
+        if manifest.step or committed is not None:
+            # Now, and not at the next step: another config or registry is refused before anything goes on.
+            self._release()
+            self._begun = False
+            self._begin(manifest.step)
+
+    def _check_free(self, folder: Path) -> None:
+        check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
+
+    def _check_state_written(self) -> None:
+        if self._state.pending():
+            raise UnsupportedError(
+                "accelerator.save_state has written the optimizer's state in a way that cannot be intercepted",
+                hint="delete that checkpoint: it holds plaintext; install a release that pip install hf-wmguard allows",
+            )
+
+    def __repr__(self) -> str:
+        return f"Guard({self.config.model_id!r}, step={self.step}, state={self.mark.state!r})"
+
+
+def _count_steps(dataloader: Any, accelerator: Accelerator | None) -> int | None:
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return None
+    return max(1, math.ceil(batches / (accelerator.gradient_accumulation_steps if accelerator is not None else 1)))
+
+
+def _disorder(call: str, what: str, hint: str) -> UsageError:
+    return UsageError(f"guard.{call}() came out of order: {what}", hint=hint)
+
+
+def _report_unsaved(reference: weakref.ref[Guard]) -> None:
+    guard = reference()
+    if guard is not None and guard._begun and not guard.mark.saved:
+        _logger.error(
+            "the marked model of %s is in memory only, and lost now: call guard.save()", guard.config.model_id
+        )
