@@ -6,6 +6,7 @@ import atexit
 import logging
 import math
 import weakref
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
+from hf_wmguard.delivery.checking import check_place
 from hf_wmguard.errors import ConfigError, ManifestError, NotFoundError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import Manifest, check_free_for, read_manifest
 from hf_wmguard.hardening import hold, release
+from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.suspects.protected import OPTIMIZER_NAME
 from hf_wmguard.training.accelerate_state import guard_accelerator
+from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved
 from hf_wmguard.training.loop_checks import check_loop, check_recipients
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.optimizer import OptimizerGuard
@@ -101,8 +105,15 @@ class Guard:
         self.model: Model = check_loop(config, model, optimizer, accelerator)
         self.mark = Mark(config, load_owner(config.owner_key))
         check_recipients(config)
-        if config.protection.destination is not None:
-            self._check_free(Path(config.protection.destination))
+        allow_public, destination = config.protection.allow_public, config.protection.destination
+        self._destination = parse_location(destination) if destination and is_location(destination) else None
+        if self._destination is not None:
+            check_place(self._destination, allow_public=allow_public)
+            # Saved here, and sent from here; it stays.
+            destination = str(Path(getattr(accelerator, "project_dir", None) or ".") / DELIVERY)
+        self._finished_folder = Path(destination) if destination is not None else None
+        if self._finished_folder is not None:
+            self._check_free(self._finished_folder)
         self._optimizer = optimizer
         self._accelerator = accelerator
         self._processing_class = processing_class
@@ -115,7 +126,7 @@ class Guard:
         self._saved: Manifest | None = None
         self._state = OptimizerGuard(self.mark.owner, hide_names=config.protection.hide_names)
         self._state.guard(optimizer)
-        guard_saves(self.model, self._save)
+        guard_saves(self.model, self._save, partial(push_saved, allow_public=allow_public))
         if accelerator is not None:
             guard_accelerator(accelerator, self.model, optimizer, save=self._save_state, load=self._load_state)
         atexit.register(_report_unsaved, weakref.ref(self))
@@ -258,7 +269,13 @@ class Guard:
         return self.step
 
     def finish(self) -> None:
-        """End the run: bring the mark to its end, and write the model where ``protection.destination`` says."""
+        """End the run: bring the mark to its end, and write the model where ``protection.destination`` says.
+
+        What goes to the Hub or to S3 is written to ``delivery`` in the project's folder first, and stays there.
+
+        Raises:
+            WmguardError: It cannot be delivered; the hint says how to send the folder later.
+        """
         if self._finished:
             return
         self._check_state_written()
@@ -269,8 +286,10 @@ class Guard:
             return
         self._stage = "between"
         self.mark.finish()
-        if self.config.protection.destination is not None:
-            self.save(self.config.protection.destination)
+        if self._finished_folder is not None:
+            self.save(self._finished_folder)
+        if self._finished_folder is not None and self._destination is not None:
+            deliver_folder(self._finished_folder, self._destination, allow_public=self.config.protection.allow_public)
 
     def _begin(self, step: int) -> None:
         if self._begun:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hub import Hub
 from loops import ACCUMULATION, STEPS_PER_EPOCH, Loop, folder_names, moments, weights_of
 from peft import LoraConfig, get_peft_model
 from tiny import digest_weights, excerpts, files_holding, make_keys, make_model, make_rows
@@ -583,6 +584,7 @@ def test_a_loop_that_fails_is_not_finished(make_loop: MakeLoop, config: Watermar
 SCRIPT = """
 import sys, json, torch
 sys.path.insert(0, {tests!r})
+from hub import Hub
 from loops import Loop
 from tiny import make_model, make_rows, make_texts, make_tokenizer
 from hf_wmguard import WatermarkConfig
@@ -599,3 +601,15 @@ def test_an_unsaved_run_is_named_when_the_process_ends(config: WatermarkConfig) 
     script = SCRIPT.format(tests=tests, config=json.dumps(config.to_dict()))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "in memory only" in done.stderr
+
+
+def test_what_goes_to_the_hub_is_delivered_at_the_end(
+    hub: Hub, make_loop: MakeLoop, config: WatermarkConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    protection = dataclasses.replace(config.protection, destination="hub://acme/loop")
+    loop = make_loop()
+    with loop.protect(dataclasses.replace(config, protection=protection)):
+        loop.run()
+    assert (tmp_path / "delivery" / "wmguard_manifest.json").is_file()
+    assert verify("hub://acme/loop", **_where(config)).verdict == "detected"

@@ -108,7 +108,7 @@ class TestCanonical:
             {"a": [{2: 0}]},
             b"bytes",
             "\ud800",
-            {"key": object()},
+            pytest.param({"key": object()}, id="object"),
         ],
         ids=ascii,
     )
