@@ -28,6 +28,7 @@ from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.backends import ADAPTER
+from hf_wmguard.training.distributed import join_saves
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.saving import Model, Save, guard_saves
@@ -88,6 +89,7 @@ class WatermarkCallback(TrainerCallback):
         trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
         trainer._load_best_model = load_best_model  # type: ignore[method-assign]
         trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler  # type: ignore[method-assign]
+        join_saves(trainer, self.mark)
 
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
@@ -96,7 +98,7 @@ class WatermarkCallback(TrainerCallback):
 
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
         manifest = self.mark.save(model, plain_save, folder, kwargs)
-        if folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
+        if manifest is not None and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
             self._optimizer.follow(folder, manifest)
 
     def _load(self, folder: Path, model: Any) -> None:
@@ -199,11 +201,13 @@ class WatermarkCallback(TrainerCallback):
             release()
             self._holding = False
         self.mark.finish()
+        self.mark.check_ranks(kwargs["model"])
         destination = self.config.protection.destination
         if destination is not None:
-            kwargs["model"].save_pretrained(destination)
-            if kwargs.get("processing_class") is not None:
-                kwargs["processing_class"].save_pretrained(destination)
+            with self.mark.ranks.together(f"saving {destination}"):
+                kwargs["model"].save_pretrained(destination)
+                if kwargs.get("processing_class") is not None and self.mark.ranks.is_main:
+                    kwargs["processing_class"].save_pretrained(destination)
         if not self.mark.saved:
             _logger.warning("%s", self._unsaved().message)
 

@@ -28,6 +28,7 @@ from hf_wmguard.protect import (
     registry_body,
 )
 from hf_wmguard.training.backends import ParameterBackend, backend_of
+from hf_wmguard.training.ranks import Ranks, check_equal
 from hf_wmguard.training.saving import Model, Save, inner_model, weights_go_to
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.signature_step import SignatureStep
@@ -66,6 +67,7 @@ class Mark:
         self._tokenizer: Any = None
         self._step = 0
         self._resumed_from: Manifest | None = None
+        self.ranks = Ranks()
 
     def begin(
         self,
@@ -90,14 +92,15 @@ class Mark:
             CapacityError, NonFiniteWeightError, UnsupportedError: The model cannot carry this watermark.
             RegistryError: Resuming a run that this registry has no commitment of.
             ConfigError: Resuming with another config than the one committed to.
+            UsageError, EnvironmentFault: Of several processes, one has another key or config, or has failed.
         """
+        self.ranks = Ranks.current()
         self._tokenizer, self._step = tokenizer, step
         self._saved_step, self._finished = None, False
         check_finite(dict(model.named_parameters()))
         backend = backend_of(model) if self.config.signature is not None else None
         if self.committed is None:
-            planned = self._plan(model, backend, getattr(data, "dataset", None))
-            self.committed = self._find(planned) if step else self._commit(planned)
+            self.committed = self._agree(model, backend, getattr(data, "dataset", None))
         record = self.committed.record
         device = next(model.parameters()).device
         if self.config.signature is not None and backend is not None:
@@ -122,10 +125,32 @@ class Mark:
                 else Phase(start=int(triggers.start * max_steps), end=max_steps)
             )
             phase = phase.without_last(triggers.cooldown)
-            self._triggers = TriggerStep(record.triggers, triggers, phase, tokenizer, data=data)
+            self._triggers = TriggerStep(record.triggers, triggers, phase, tokenizer, data=data, ranks=self.ranks)
 
-    def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any) -> WatermarkRecord:
-        salt = new_salt()
+    def _agree(self, model: Model, backend: ParameterBackend | None, dataset: Any) -> Committed:
+        """Return what one process committed to, or found, for all of them."""
+        outline = f"{self.owner.key_id()} {self.config.model_id} {self.config.iteration}"
+        same = "start every process with the same config and the same owner key"
+        self.ranks.check_same("the owner key or the model's name", outline, hint=same)
+        self.ranks.check_same("the config", repr((self.config.signature, self.config.triggers)), hint=same)
+        salt = self.ranks.from_main("planning the watermark", new_salt)
+        with self.ranks.together("planning the watermark"):
+            planned = self._plan(model, backend, dataset, salt)
+        if self.ranks.size == 1:
+            return self._fix(planned)
+        # The entry and not the record, so that every rank checks for itself that the one commits to the other.
+        committed = Committed.from_entry(self.ranks.from_main("the commitment", lambda: self._fix(planned).entry))
+        with self.ranks.together("the commitment"):
+            if not committed.record.same_scheme(planned):
+                raise ConfigError(
+                    "this process has another model than the one that the main process committed to", hint=same
+                )
+        return committed
+
+    def _fix(self, planned: WatermarkRecord) -> Committed:
+        return self._find(planned) if self._step else self._commit(planned)
+
+    def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any, salt: bytes) -> WatermarkRecord:
         plan = partial(new_record, self.owner, self.config, salt=salt)
         record = (
             plan(shapes={})
@@ -227,8 +252,8 @@ class Mark:
 
     @property
     def saved(self) -> bool:
-        """Whether a complete save holds the model as it is after the last step."""
-        return self._saved_step == self._step
+        """Whether a complete save holds the model as it is after the last step; the main process alone can tell."""
+        return not self.ranks.is_main or self._saved_step == self._step
 
     @property
     def state(self) -> State:
@@ -251,7 +276,16 @@ class Mark:
             values |= self._triggers.metrics
         return values
 
-    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest:
+    def check_ranks(self, model: Model) -> None:
+        """Check that every process has the same weights, where each has all of them.
+
+        Raises:
+            EnvironmentFault: One has drifted; on all of them.
+        """
+        parameters = dict(model.named_parameters())
+        check_equal(self.ranks, list(parameters), list(parameters.values()))
+
+    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest | None:
         """Write one save of the model as ciphertext, judge it by what was written, and sign the verdict.
 
         Args:
@@ -260,8 +294,10 @@ class Mark:
             folder: Where to.
             kwargs: The other arguments of ``save_pretrained``.
         Returns:
-            What was signed.
+            What was signed; None on a process that does not write.
         """
+        if not self.ranks.is_main:
+            return None
         signature, sealed = None, None
         with ProtectedWriter(folder, config=self.config, owner=self.owner) as writer:
             with weights_go_to(writer.add, model):

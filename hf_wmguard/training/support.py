@@ -82,7 +82,11 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         UnsupportedError: Such a mode is on.
     """
     refused: list[tuple[Any, str, str]] = [
-        (args.world_size > 1, "more than one process", "start one process"),
+        (
+            args.world_size > 1 and not attached,
+            "more than one process beside a bare callback, which cannot tell the others of a save that failed",
+            "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+        ),
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
         (args.deepspeed, "DeepSpeed, which writes plaintext partitions", "train without --deepspeed"),
         (args.fsdp, "FSDP, which writes plaintext shards", "train without --fsdp"),

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import NonFiniteWeightError
 from hf_wmguard.probing.tasks import task_of
+from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_move import Moments, descend, moments_of, peak_rate
 from hf_wmguard.watermark.answers import Prompt
@@ -44,6 +45,7 @@ class TriggerStep:
         phase: Where in training.
         processor: The model's tokenizer or image processor.
         data: The Trainer's dataloader, from whose rows some are replayed; None: nothing is.
+        ranks: The processes that train together; each runs the same micro-batch.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class TriggerStep:
         processor: Any,
         *,
         data: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._triggers = triggers
         self._config = config
         self.phase = phase
@@ -103,6 +107,11 @@ class TriggerStep:
         """Make one move, and return the loss before it."""
         model.zero_grad()
         loss = self._backward(model, step, 1.0)
+        if self._ranks.size > 1:
+            # All ranks ran the same rows, but kernels need not give the same bits: averaged, the moves are the same.
+            mean = torch.tensor([loss], dtype=torch.float64, device=next(model.parameters()).device)
+            self._ranks.mean_([mean, *(p.grad for p in model.parameters() if p.grad is not None)])
+            loss = float(mean)
         generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
         decrease = max(0.0, loss - LEARNED) * self._config.strength
         descend(moved_by_triggers(model), decrease, moments, generator, rate=rate)

@@ -1,0 +1,131 @@
+"""Several processes train one guarded model, on CPUs with gloo: the same mark, the same promises, no half saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_keys
+
+from hf_wmguard import verify
+from hf_wmguard.evidence.manifest import MANIFEST_NAME, STAGING_PREFIX, Manifest, read_manifest
+from hf_wmguard.evidence.registry import Registry
+from hf_wmguard.keys import OwnerKey
+
+TESTS = Path(__file__).parents[1]
+TIMEOUT_S = 180
+
+
+def start(root: Path, processes: int, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run the driver on some processes, and return how it ended."""
+    if not (root / "keys").exists():
+        make_keys(root / "keys")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), str(TESTS / "distributed_run.py"), str(root), json.dumps(settings)],
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def run(root: Path, processes: int = 2, **settings: Any) -> list[dict[str, Any]]:
+    """Run the driver, and return what each rank says, after checking what must hold in every mode."""
+    done = start(root, processes, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+    assert ranks[0]["exposed"] == []
+    assert {rank["world"] for rank in ranks} == {processes}
+    return ranks
+
+
+def manifest_of(root: Path, folder: str = "final") -> Manifest:
+    owner = OwnerKey.load(f"file:{root / 'keys' / 'owner.key'}")
+    manifest, _ = read_manifest(root / folder, signer=owner.signing_key().public_key())
+    return manifest
+
+
+def check_marked(root: Path, folder: str = "final") -> Manifest:
+    """Check that a save holds the whole mark, by what was written."""
+    manifest = manifest_of(root, folder)
+    assert manifest.state == "complete"
+    assert manifest.signature is not None and manifest.signature.payload_decoded
+    assert manifest.signature.bit_error_rate == 0
+    verdict = verify(root / folder, owner_key=f"file:{root / 'keys' / 'owner.key'}", registry=str(root / "registry"))
+    assert verdict.verdict == "detected"
+    return manifest
+
+
+def commitments(root: Path) -> int:
+    owner = OwnerKey.load(f"file:{root / 'keys' / 'owner.key'}")
+    return len(Registry(root / "registry", owner).commitments())
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_ddp(tmp_path: Path, task: str) -> None:
+    form = "gradient" if task == "classification" else "decoupled"
+    ranks = run(tmp_path, task=task, trigger_form=form, arguments={"gradient_accumulation_steps": 2})
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    check_marked(tmp_path)
+    assert commitments(tmp_path) == 1
+
+
+def test_resumed_inside_the_marked_phase_and_with_another_number_of_processes(tmp_path: Path) -> None:
+    run(tmp_path, stop_at=16, trigger_form="decoupled", arguments={"save_strategy": "no"})
+    assert manifest_of(tmp_path, "out/checkpoint-16").state == "ramping"
+    checkpoint = str(tmp_path / "out" / "checkpoint-16")
+    ranks = run(tmp_path, resume=checkpoint)
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    check_marked(tmp_path)
+    (tmp_path / "final").rename(tmp_path / "on-two")
+    run(tmp_path, 1, resume=checkpoint)
+    check_marked(tmp_path)
+    assert commitments(tmp_path) == 1
+
+
+def test_a_save_that_fails_stops_every_process(tmp_path: Path) -> None:
+    done = start(tmp_path, 2, disk_full_at=9, arguments={"save_strategy": "steps", "save_steps": 8})
+    assert done.returncode != 0
+    assert "EnvironmentFault: cannot write" in done.stderr
+    assert "saving the model failed on another process: EnvironmentFault: cannot write" in done.stderr
+    assert staging(tmp_path) == []
+    assert manifest_of(tmp_path, "out/checkpoint-8").state == "pending"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_killed_at_a_save_leaves_no_half_state(tmp_path: Path, rank: int) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 8}
+    done = start(tmp_path, 2, kill_rank=rank, kill_at=16, arguments=arguments)
+    assert done.returncode != 0
+    assert manifest_of(tmp_path, "out/checkpoint-8").state == "pending"
+    # What is there of the second is whole, or has no manifest and is refused.
+    whole = (tmp_path / "out" / "checkpoint-16" / MANIFEST_NAME).exists()
+    assert whole == (rank == 1) or not whole
+    run(tmp_path, resume=str(tmp_path / "out" / "checkpoint-8"), arguments=arguments)
+    assert staging(tmp_path) == []
+    check_marked(tmp_path)
+
+
+def test_weights_that_drift_apart_are_not_saved(tmp_path: Path) -> None:
+    done = start(tmp_path, 2, drift_at=8, arguments={"save_strategy": "steps", "save_steps": 8})
+    assert done.returncode != 0
+    assert "1 of 37 parameters differ between processes" in done.stderr
+    assert not (tmp_path / "out" / "checkpoint-8" / "model.safetensors").exists()
+
+
+def test_processes_with_different_configs_do_not_start(tmp_path: Path) -> None:
+    done = start(tmp_path, 2, other_model_id=True)
+    assert done.returncode != 0
+    assert "the owner key or the model's name differs between processes" in done.stderr
+    assert not (tmp_path / "registry").exists()
+
+
+def staging(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.name.startswith(STAGING_PREFIX)]
