@@ -6,6 +6,7 @@ Called with a folder and a JSON object of settings (see `Settings`); each rank w
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -15,13 +16,11 @@ from typing import Any
 
 import torch
 from tiny import (
-    LABELS,
-    Recorder,
     StopAt,
     build_trainer,
-    digest_weights,
     guarded_config,
     make_model,
+    make_rows,
     make_texts,
     make_tokenizer,
 )
@@ -29,9 +28,12 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_wmguard import protect_trainer
-from hf_wmguard.config import SignatureConfig, TriggerConfig
+from hf_wmguard.config import SignatureConfig, TriggerConfig, WatermarkConfig
+from hf_wmguard.container.owner import load_owner
 from hf_wmguard.suspects.plaintext import PlaintextFinder
+from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.ranks import Ranks
+from hf_wmguard.training.saving import guard_saves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,9 @@ class Settings:
 
     task: str = "classification"
     form: str = "decoupled"
+    base: str = ""
+    own_loop: bool = False
+    split: dict[str, Any] = dataclasses.field(default_factory=dict)
     trigger_form: str | None = "gradient"
     dtype: str = "float32"
     epochs: int = 3
@@ -51,6 +56,27 @@ class Settings:
     drift_at: int | None = None
     other_model_id: bool = False
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Weights(TrainerCallback):
+    """Notes the weights at every save."""
+
+    def __init__(self) -> None:
+        self.saved: dict[int, dict[str, Tensor]] = {}
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved[state.global_step] = {name: whole(one) for name, one in kwargs["model"].state_dict().items()}
+
+
+def load_split(folder: Path, settings: Settings) -> Any:
+    """Load a model in parts on all processes."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.distributed import DistributedConfig
+
+    kind: Any = AutoModelForSequenceClassification if settings.task == "classification" else AutoModelForCausalLM
+    return kind.from_pretrained(
+        folder, dtype=getattr(torch, settings.dtype), distributed_config=DistributedConfig(**settings.split)
+    )
 
 
 class Saboteur(TrainerCallback):
@@ -84,6 +110,14 @@ def whole(tensor: Tensor) -> Tensor:
     return (full() if full is not None else tensor).clone()
 
 
+def digest(weights: dict[str, Tensor]) -> str:
+    """Return a digest of all weights: equal only where every bit is."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        total.update(name.encode() + tensor.float().numpy().tobytes())
+    return total.hexdigest()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     root, settings = Path(sys.argv[1]), Settings(**json.loads(sys.argv[2]))
@@ -98,7 +132,13 @@ def main() -> None:
     if settings.other_model_id and os.environ.get("RANK") == "1":
         config = dataclasses.replace(config, model_id="acme/other")
     model = make_model(settings.task, len(tokenizer)).to(getattr(torch, settings.dtype))
-    recorder = Recorder()
+    if settings.split:
+        model = load_split(Path(settings.base), settings)
+    recorder = Weights()
+    if settings.own_loop:
+        marked = train_by_hand(model, tokenizer, config, root / "final")
+        report(root, model, {}, marked)
+        return
     callbacks: list[TrainerCallback] = [recorder, Saboteur(settings)]
     if settings.stop_at is not None:
         callbacks.append(StopAt(settings.stop_at, save=True))
@@ -118,18 +158,43 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=settings.resume)
     if settings.stop_at is None:
         trainer.save_model(str(root / "final"))
+    logged = [one for one in trainer.state.log_history if "wmguard/log10_p" in one]
+    report(root, trainer.model, recorder.saved, logged[-1] if logged else {})
+
+
+def train_by_hand(model: Any, tokenizer: Any, config: WatermarkConfig, folder: Path) -> dict[str, float]:
+    """Train without a Trainer, on the same rows on every process, as tensor parallelism wants it."""
+    mark = Mark(config, load_owner(config.owner_key))
+    guard_saves(model, mark.save)
+    rows = make_rows("causal_lm", tokenizer, make_texts())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    mark.begin(model, tokenizer, max_steps=16, steps_per_epoch=8, step=0)
+    for step in range(16):
+        batch = {key: torch.tensor([row[key] for row in rows[step % 8 * 8 :][:8]]) for key in rows[0]}
+        mark.before_step(model)
+        model(**batch).loss.backward()
+        mark.before_optimizer()
+        optimizer.step()
+        mark.after_step(model, optimizer)
+        optimizer.zero_grad()
+    mark.finish()
+    mark.check_ranks(model)
+    model.save_pretrained(folder)
+    return mark.metrics()
+
+
+def report(root: Path, model: Any, saved: dict[int, dict[str, Tensor]], log: dict[str, float]) -> None:
+    """Write down what this rank has seen; the first one searches the files for weights."""
     ranks = Ranks.current()
-    weights = {name: whole(one) for name, one in trainer.model.named_parameters()}
+    weights = {name: whole(one) for name, one in model.named_parameters()}
     result: dict[str, Any] = {
-        "digest": digest_weights(trainer.model),
+        "digest": digest(weights),
         "world": ranks.size,
-        "labels": LABELS,
-        "logs": recorder.logs,
-        "random": torch.rand(1).item(),
+        "log": log,
     }
     if ranks.is_main:
-        saved = {f"{step}/{name}": t for step, state in recorder.saved.items() for name, t in state.items()}
-        finder = PlaintextFinder(weights | saved)
+        everything = {f"{step}/{name}": t for step, state in saved.items() for name, t in state.items()}
+        finder = PlaintextFinder(weights | everything)
         result["exposed"] = [str(path) for path in finder.scan([root])]
     (root / f"rank-{ranks.rank}.json").write_text(json.dumps(result))
 

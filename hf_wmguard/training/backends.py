@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.protect import SavedAdapter
@@ -49,6 +48,9 @@ class ParameterBackend(Protocol):
             key: The carrier key.
             committed: Those of what `read` gave at the commitment, float64 [l, r].
         """
+
+    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
+        """Return `projections` of several carriers at once."""
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         """Move the projections of one carrier by ``shift``, float64 [l, r], changing the weights as little as may be.
@@ -98,6 +100,9 @@ class WholeParameters:
 
     def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
         return project(self._tile(key), key)
+
+    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
+        return [self.projections(key, before) for key, before in zip(keys, committed, strict=True)]
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         tile = self._tile(key)
@@ -174,6 +179,9 @@ class LoraParameters:
         # The frozen matrix says what it said at the commitment: it is not dequantized at every step.
         adapter = self._adapters[key.carrier.name]
         return committed + adapter_projections(adapter.down, _rows(adapter, key), adapter.scaling, key)
+
+    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
+        return [self.projections(key, before) for key, before in zip(keys, committed, strict=True)]
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         adapter = self._adapters[key.carrier.name]
@@ -255,8 +263,3 @@ def check_layer(path: str, layer: Any) -> None:
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"{path}: adapter is not supported by this version: {what}", hint=instead)
-
-
-def backend_of(model: PreTrainedModel | PeftModel) -> ParameterBackend:
-    """Return what can carry a signature in a model; errors as `WholeParameters` and `LoraParameters`."""
-    return LoraParameters(model) if isinstance(model, PeftModel) else WholeParameters(model)

@@ -32,6 +32,7 @@ from hf_wmguard.training.distributed import join_saves
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.saving import Model, Save, guard_saves
+from hf_wmguard.training.sharded import is_sharded, load_whole
 from hf_wmguard.training.support import check_arguments, check_model
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class WatermarkCallback(TrainerCallback):
         trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
         trainer._load_best_model = load_best_model  # type: ignore[method-assign]
         trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler  # type: ignore[method-assign]
-        join_saves(trainer, self.mark)
+        join_saves(trainer, self.mark, self._optimizer)
 
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
@@ -110,11 +111,12 @@ class WatermarkCallback(TrainerCallback):
             )
         owner = self.mark.owner
         tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())
-        result = (
-            set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
-            if isinstance(model, PeftModel)
-            else model.load_state_dict(tensors, strict=False)
-        )
+        if isinstance(model, PeftModel):
+            result = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+        elif is_sharded(model):
+            result = load_whole(model, tensors)
+        else:
+            result = model.load_state_dict(tensors, strict=False)
         # An adapter's checkpoint lacks the base's weights, as it should.
         if self._trainer is not None and not isinstance(model, PeftModel):
             self._trainer._issue_warnings_after_load(result)

@@ -7,10 +7,11 @@ from typing import Any
 from transformers import Trainer
 
 from hf_wmguard.training.mark import Mark
+from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.ranks import Ranks
 
 
-def join_saves(trainer: Trainer, mark: Mark) -> None:
+def join_saves(trainer: Trainer, mark: Mark, optimizer: OptimizerGuard) -> None:
     """Make every process wait for a Trainer's checkpoints, and hear of those that fail.
 
     The Trainer lets the others go on while the main process writes: they would wait for it in the next step's
@@ -30,6 +31,8 @@ def join_saves(trainer: Trainer, mark: Mark) -> None:
 
     def save_optimizer_and_scheduler(output_dir: str) -> None:
         with Ranks.current().together("saving the optimizer's state"):
+            # The Trainer asks the main process alone for it, which has only its own parts.
+            optimizer.collect(trainer.optimizer)
             plain_state(output_dir)
 
     own: Any = trainer

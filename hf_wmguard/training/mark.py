@@ -6,9 +6,12 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.tensor import DTensor
 
 from hf_wmguard.canonical import decode_base64, encode_base64
 from hf_wmguard.config import WatermarkConfig
@@ -27,10 +30,11 @@ from hf_wmguard.protect import (
     new_salt,
     registry_body,
 )
-from hf_wmguard.training.backends import ParameterBackend, backend_of
+from hf_wmguard.training.backends import ParameterBackend
 from hf_wmguard.training.ranks import Ranks, check_equal
-from hf_wmguard.training.saving import Model, Save, inner_model, weights_go_to
+from hf_wmguard.training.saving import Model, Save, inner_model, send_parts, weights_go_to
 from hf_wmguard.training.schedule import Phase
+from hf_wmguard.training.sharded import backend_of, is_sharded
 from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_finite
 from hf_wmguard.training.trigger_set import make_triggers
@@ -282,7 +286,7 @@ class Mark:
         Raises:
             EnvironmentFault: One has drifted; on all of them.
         """
-        parameters = dict(model.named_parameters())
+        parameters = {name: one for name, one in model.named_parameters() if not isinstance(one, DTensor)}
         check_equal(self.ranks, list(parameters), list(parameters.values()))
 
     def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest | None:
@@ -296,40 +300,71 @@ class Mark:
         Returns:
             What was signed; None on a process that does not write.
         """
-        if not self.ranks.is_main:
+        ranks = Ranks.current() if is_sharded(model) else Ranks()
+        if not ranks.is_main:
+            self._take_part(ranks, model, plain_save, kwargs)
             return None
-        signature, sealed = None, None
-        with ProtectedWriter(folder, config=self.config, owner=self.owner) as writer:
-            with weights_go_to(writer.add, model):
+        if not Ranks.current().is_main:
+            return None
+        # Step by step: no other process may wait in the next one's collectives for this one, when it has failed.
+        together = partial(ranks.together, f"saving {folder}")
+        with ExitStack() as stack:
+            with together():
+                writer = stack.enter_context(ProtectedWriter(folder, config=self.config, owner=self.owner))
+            with together(), weights_go_to(writer.add, model):
                 # Into the staging folder: transformers clears old shards and rewrites the config before it writes.
                 plain_save(writer.staging, **kwargs)
-            if self._signature is not None and self.committed is not None:
-                reading = writer.read_back(
-                    self._signature.keys, adapters=self._adapters, baselines=self.committed.record.baselines
-                )
-                payload = self.committed.record.decode_payload(self.owner, reading.soft)
-                signature = SignatureSummary(
-                    bit_error_rate=reading.bit_error_rate,
-                    log10_p=reading.log10_p,
-                    projections=max(1, reading.projections),
-                    payload_decoded=payload == self.committed.record.payload,
-                    weight_change=self._signature.weight_change,
-                )
-                state = self.owner.seal(_STATE_LABEL, self._signature.state(), aad=writer.set_id.encode())
-                sealed = encode_base64(state)
-            manifest = writer.finish(
-                state=self.state,
-                step=self._step,
-                committed=self.committed,
-                signature=signature,
-                triggers=self._trigger_summary(model),
-                sealed_state=sealed,
-            )
-        if manifest.state == "complete":
-            Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
-            self._saved_step = self._step
+            with together():
+                triggers = self._trigger_summary(model)
+            with together():
+                manifest = self._finish_save(writer, triggers)
+                if manifest.state == "complete":
+                    Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
+                    self._note_saved()
         self._report(manifest, folder)
         return manifest
+
+    def _take_part(self, ranks: Ranks, model: Model, plain_save: Save, kwargs: dict[str, Any]) -> None:
+        """Hand this process's parts over for a save, and take part in what the model is asked; as `save`, in step."""
+        together = partial(ranks.together, "saving the model")
+        with together():
+            pass
+        with together():
+            send_parts(model, plain_save, kwargs)
+        with together():
+            self._trigger_summary(model)
+        with together():
+            self._note_saved()
+
+    def _note_saved(self) -> None:
+        if self.state == "complete":
+            self._saved_step = self._step
+
+    def _finish_save(self, writer: ProtectedWriter, triggers: TriggerSummary | None) -> Manifest:
+        """Judge what was written, and sign the verdict."""
+        signature, sealed = None, None
+        if self._signature is not None and self.committed is not None:
+            reading = writer.read_back(
+                self._signature.keys, adapters=self._adapters, baselines=self.committed.record.baselines
+            )
+            payload = self.committed.record.decode_payload(self.owner, reading.soft)
+            signature = SignatureSummary(
+                bit_error_rate=reading.bit_error_rate,
+                log10_p=reading.log10_p,
+                projections=max(1, reading.projections),
+                payload_decoded=payload == self.committed.record.payload,
+                weight_change=self._signature.weight_change,
+            )
+            state = self.owner.seal(_STATE_LABEL, self._signature.state(), aad=writer.set_id.encode())
+            sealed = encode_base64(state)
+        return writer.finish(
+            state=self.state,
+            step=self._step,
+            committed=self.committed,
+            signature=signature,
+            triggers=triggers,
+            sealed_state=sealed,
+        )
 
     def _trigger_summary(self, model: Model) -> TriggerSummary | None:
         triggers = self.committed.record.triggers if self.committed else None

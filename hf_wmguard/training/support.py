@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.saving import Model
+from hf_wmguard.training.sharded import is_sharded, local
 
 
 def check_model(model: nn.Module | None) -> Model:
@@ -23,6 +24,11 @@ def check_model(model: nn.Module | None) -> Model:
     inner = model
     if isinstance(model, PeftModel):
         _check_adapters(model)
+        if is_sharded(model):
+            raise UnsupportedError(
+                "an adapter beside a base that lies in parts on several processes is not supported by this version",
+                hint="load the base without distributed_config, for DDP, or train without an adapter",
+            )
         inner = model.get_base_model()
     if not isinstance(inner, PreTrainedModel) or not isinstance(model, Model):
         raise UnsupportedError(
@@ -116,7 +122,11 @@ def check_finite(parameters: dict[str, nn.Parameter]) -> None:
     """
     for name, parameter in parameters.items():
         # PyTorch has no isfinite for the 8-bit floats.
-        if parameter.is_floating_point() and parameter.element_size() > 1 and not bool(torch.isfinite(parameter).all()):
+        if (
+            parameter.is_floating_point()
+            and parameter.element_size() > 1
+            and not bool(torch.isfinite(local(parameter)).all())
+        ):
             raise NonFiniteWeightError(
                 f"{name} holds NaN or Inf before the first step",
                 hint="the model is damaged or was never initialised: load it again",

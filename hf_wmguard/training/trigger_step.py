@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_wmguard.config import TriggerConfig
@@ -110,7 +111,7 @@ class TriggerStep:
         if self._ranks.size > 1:
             # All ranks ran the same rows, but kernels need not give the same bits: averaged, the moves are the same.
             mean = torch.tensor([loss], dtype=torch.float64, device=next(model.parameters()).device)
-            self._ranks.mean_([mean, *(p.grad for p in model.parameters() if p.grad is not None)])
+            self._ranks.mean_([mean, *replicated_gradients(model)])
             loss = float(mean)
         generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
         decrease = max(0.0, loss - LEARNED) * self._config.strength
@@ -190,6 +191,11 @@ def moved_by_triggers(model: nn.Module) -> list[nn.Parameter]:
     everywhere = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     trained = [p for p in model.parameters() if p.grad is not None]
     return [p for p in trained if p.ndim > 1 and id(p) not in everywhere] or trained
+
+
+def replicated_gradients(model: nn.Module) -> list[Tensor]:
+    """Return the gradients of which every process has its own copy; the others are averaged in the backward."""
+    return [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

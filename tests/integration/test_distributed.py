@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_keys
+from tiny import make_keys, make_model, make_tokenizer
 
 from hf_wmguard import verify
 from hf_wmguard.evidence.manifest import MANIFEST_NAME, STAGING_PREFIX, Manifest, read_manifest
@@ -27,7 +27,13 @@ def start(root: Path, processes: int, **settings: Any) -> subprocess.CompletedPr
         make_keys(root / "keys")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), str(TESTS / "distributed_run.py"), str(root), json.dumps(settings)],
+        [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            str(TESTS / "distributed_run.py"),
+            str(root),
+            json.dumps(settings),
+        ],
         env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -56,7 +62,8 @@ def check_marked(root: Path, folder: str = "final") -> Manifest:
     """Check that a save holds the whole mark, by what was written."""
     manifest = manifest_of(root, folder)
     assert manifest.state == "complete"
-    assert manifest.signature is not None and manifest.signature.payload_decoded
+    assert manifest.signature is not None
+    assert manifest.signature.payload_decoded
     assert manifest.signature.bit_error_rate == 0
     verdict = verify(root / folder, owner_key=f"file:{root / 'keys' / 'owner.key'}", registry=str(root / "registry"))
     assert verdict.verdict == "detected"
@@ -125,6 +132,28 @@ def test_processes_with_different_configs_do_not_start(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "the owner key or the model's name differs between processes" in done.stderr
     assert not (tmp_path / "registry").exists()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a plain causal LM on disk, to be loaded in parts."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    make_model("causal_lm", len(make_tokenizer())).save_pretrained(folder)
+    return str(folder)
+
+
+SPLITS: dict[str, dict[str, Any]] = {"fsdp2": {"fsdp_size": 2}, "tp": {"tp_size": 2, "tp_plan": "auto"}}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_in_parts(tmp_path: Path, base: str, split: str) -> None:
+    settings: dict[str, Any] = {"task": "causal_lm", "base": base, "split": SPLITS[split], "trigger_form": "decoupled"}
+    # The Trainer takes no tensor parallelism on CPUs, and keeps no state of an optimizer that lies in parts.
+    settings |= {"own_loop": True} if split == "tp" else {"arguments": {"save_only_model": True}}
+    ranks = run(tmp_path, **settings)
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    check_marked(tmp_path)
+    assert commitments(tmp_path) == 1
 
 
 def staging(root: Path) -> list[Path]:
