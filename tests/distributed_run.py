@@ -65,7 +65,8 @@ class Weights(TrainerCallback):
         self.saved: dict[int, dict[str, Tensor]] = {}
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved[state.global_step] = {name: whole(one) for name, one in kwargs["model"].state_dict().items()}
+        # What a tied name shares is in it once.
+        self.saved[state.global_step] = {name: whole(one) for name, one in kwargs["model"].named_parameters()}
 
 
 def load_split(folder: Path, settings: Settings) -> Any:
@@ -105,6 +106,10 @@ class Saboteur(TrainerCallback):
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a copy of a parameter as one tensor, wherever its parts lie."""
+    if hasattr(tensor, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor).detach().clone()
     tensor = tensor.detach()
     full = getattr(tensor, "full_tensor", None)
     return (full() if full is not None else tensor).clone()
@@ -120,6 +125,7 @@ def digest(weights: dict[str, Tensor]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
     root, settings = Path(sys.argv[1]), Settings(**json.loads(sys.argv[2]))
     tokenizer, texts = make_tokenizer(), make_texts()
     config = dataclasses.replace(

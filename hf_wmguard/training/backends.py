@@ -61,6 +61,9 @@ class ParameterBackend(Protocol):
             generator: For the rounding of 16-bit weights.
         """
 
+    def settle(self) -> None:
+        """Make what was moved the weights that a save writes, where the two are not the same."""
+
     def change_norm(self, key: CarrierKey, shift: Tensor) -> float:
         """Return the Frobenius norm of the change that `move` makes."""
 
@@ -110,6 +113,9 @@ class WholeParameters:
             move_(tile, key, shift)
         else:
             add_rounded_(tile, key.left_inverse @ shift.float() @ key.right_inverse.T, generator)
+
+    def settle(self) -> None:
+        """Do nothing: they are the same."""
 
     def change_norm(self, key: CarrierKey, shift: Tensor) -> float:
         return change_norm(key, shift)
@@ -196,6 +202,9 @@ class LoraParameters:
                 key.carrier.sides[1],
             )
         add_rounded_(_rows(adapter, key), reach.change(key, shift, adapter.scaling), generator)
+
+    def settle(self) -> None:
+        """Do nothing: they are the same."""
 
     def change_norm(self, key: CarrierKey, shift: Tensor) -> float:
         return Reach.of(self._adapters[key.carrier.name].down, key).change_norm(key, shift)

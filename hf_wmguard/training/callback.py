@@ -28,7 +28,7 @@ from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.backends import ADAPTER
-from hf_wmguard.training.distributed import join_saves
+from hf_wmguard.training.distributed import check_parallelism, join_saves, refuse_states
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.saving import Model, Save, guard_saves
@@ -90,7 +90,7 @@ class WatermarkCallback(TrainerCallback):
         trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
         trainer._load_best_model = load_best_model  # type: ignore[method-assign]
         trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler  # type: ignore[method-assign]
-        join_saves(trainer, self.mark, self._optimizer)
+        join_saves(trainer, self.mark)
 
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
@@ -131,6 +131,9 @@ class WatermarkCallback(TrainerCallback):
             hold()
             self._holding = True
         check_arguments(args, attached=self._trainer is not None)
+        if self._trainer is not None:
+            check_parallelism(self._trainer, self.config)
+            refuse_states(self._trainer)
         model = self._guard(kwargs["model"])
         self._optimizer.guard(kwargs.get("optimizer"))
         out, destination = Path(str(args.output_dir)), self.config.protection.destination
@@ -253,6 +256,7 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
     callback = WatermarkCallback(config)
     check_model(trainer.model)
     check_arguments(trainer.args, attached=True)
+    check_parallelism(trainer, config)
     callback.attach(trainer)
     trainer.add_callback(callback)
     return callback

@@ -2,16 +2,98 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NoReturn
 
+from peft import PeftModel
 from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
 
+from hf_wmguard.config import WatermarkConfig
+from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.training.mark import Mark
-from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.ranks import Ranks
 
+_NATIVE = "load the model with from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N)) instead"
 
-def join_saves(trainer: Trainer, mark: Mark, optimizer: OptimizerGuard) -> None:
+
+def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
+    """Refuse the kinds of distributed training in which the promises cannot be kept.
+
+    Raises:
+        UnsupportedError: Such a kind is on.
+    """
+    told = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(trainer.args.fsdp)
+    refused: list[tuple[Any, str, str]] = [
+        (trainer.is_fsdp_enabled, "accelerate's FSDP, whose checkpoints are plaintext", _NATIVE),
+        (told, "accelerate's FSDP, which runs as DDP on CPUs without a word", _NATIVE),
+        (
+            trainer.args.deepspeed and not trainer.is_deepspeed_enabled,
+            "DeepSpeed that was asked for after the Trainer was made",
+            "give the Trainer its deepspeed argument when it is made",
+        ),
+    ]
+    if trainer.is_deepspeed_enabled:
+        refused += _refused_of_deepspeed(trainer, config)
+    for on, what, instead in refused:
+        if on:
+            raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
+
+
+def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[tuple[Any, str, str]]:
+    settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    on_disk = [one for one in ("offload_optimizer", "offload_param") if zero.get(one, {}).get("device") == "nvme"]
+    states = trainer.args.save_strategy != SaveStrategy.NO and not trainer.args.save_only_model
+    form = config.signature.form if config.signature is not None else "decoupled"
+    return [
+        (stage not in (1, 2, 3), "DeepSpeed without ZeRO", "set zero_optimization.stage to 1, 2 or 3, or use DDP"),
+        (settings.get("fp16", {}).get("enabled") is True, "fp16 loss scaling", "use bf16 or full precision"),
+        (on_disk, "ZeRO with weights or their states on a disk, in plaintext", "offload to the CPU"),
+        (
+            states,
+            "DeepSpeed checkpoints, whose *_states.pt hold plaintext weights",
+            "set save_only_model=True; such a run is not resumed",
+        ),
+        (
+            stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True,
+            "ZeRO-3 without stage3_gather_16bit_weights_on_model_save, whose saves are plaintext partitions",
+            "set stage3_gather_16bit_weights_on_model_save to true",
+        ),
+        (
+            "tensor_parallel" in settings or settings.get("sequence_parallel_size", 1) > 1,
+            "DeepSpeed with tensor or sequence parallelism",
+            "use data parallelism alone",
+        ),
+        (isinstance(trainer.model, PeftModel), "an adapter under DeepSpeed", "train it with DDP"),
+        (
+            form == "gradient",
+            "the gradient form of the signature under DeepSpeed, which steps inside backward",
+            "set signature.form to decoupled",
+        ),
+        (
+            config.triggers is not None,
+            "triggers under DeepSpeed, whose own backward would be taken for a part of the step",
+            "set triggers to null, or train with DDP or FSDP2",
+        ),
+    ]
+
+
+def refuse_states(trainer: Trainer) -> None:
+    """Make the DeepSpeed engine of a Trainer refuse to write its states, whoever asks."""
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError(
+            "DeepSpeed would write plaintext weights and states", hint="use trainer.save_model(folder)"
+        )
+
+    engine: Any = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled and engine is not trainer.model:
+        engine.save_checkpoint = save_checkpoint
+
+
+def join_saves(trainer: Trainer, mark: Mark) -> None:
     """Make every process wait for a Trainer's checkpoints, and hear of those that fail.
 
     The Trainer lets the others go on while the main process writes: they would wait for it in the next step's
@@ -31,8 +113,6 @@ def join_saves(trainer: Trainer, mark: Mark, optimizer: OptimizerGuard) -> None:
 
     def save_optimizer_and_scheduler(output_dir: str) -> None:
         with Ranks.current().together("saving the optimizer's state"):
-            # The Trainer asks the main process alone for it, which has only its own parts.
-            optimizer.collect(trainer.optimizer)
             plain_state(output_dir)
 
     own: Any = trainer

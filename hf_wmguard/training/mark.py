@@ -286,7 +286,9 @@ class Mark:
         Raises:
             EnvironmentFault: One has drifted; on all of them.
         """
-        parameters = {name: one for name, one in model.named_parameters() if not isinstance(one, DTensor)}
+        parameters = {
+            name: one for name, one in model.named_parameters() if not isinstance(one, DTensor) and one.numel()
+        }
         check_equal(self.ranks, list(parameters), list(parameters.values()))
 
     def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest | None:

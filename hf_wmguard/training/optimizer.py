@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_wmguard.container.files import FileContext, ProtectedFile, write_protected
 from hf_wmguard.errors import ManifestError, UnsupportedError
@@ -24,8 +23,6 @@ from hf_wmguard.evidence.manifest import Manifest, read_manifest
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.suspects.protected import OPTIMIZER_NAME
 from hf_wmguard.suspects.tensors import Encoded, has_name, read_tensor
-from hf_wmguard.training.ranks import Ranks
-from hf_wmguard.training.sharded import gather_state, scatter_state
 
 TRAINER_NAME = "optimizer.pt"
 _NOTE = "hf-wmguard"
@@ -50,7 +47,6 @@ class OptimizerGuard:
         self._hide_names = hide_names
         self._checkpoint: tuple[Path, Manifest] | None = None
         self._reading: Path | None = None
-        self._collected: Any = None
 
     def guard(self, optimizer: Any) -> None:
         """Shadow ``state_dict`` and ``load_state_dict`` of an optimizer; once, however often it is called."""
@@ -63,28 +59,13 @@ class OptimizerGuard:
             if self._checkpoint is None:
                 return plain_state()
             (folder, manifest), self._checkpoint = self._checkpoint, None
-            state, self._collected = plain_state() if self._collected is None else self._collected, None
-            self._write(folder / OPTIMIZER_NAME, state, manifest)
+            self._write(folder / OPTIMIZER_NAME, plain_state(), manifest)
             return {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
 
         def load_state_dict(state: Any) -> Any:
-            if self._reading is not None:
-                state = scatter_state(self._read(state, self._reading), optimizer)
-            return plain_load(state)
+            return plain_load(state if self._reading is None else self._read(state, self._reading))
 
         optimizer.state_dict, optimizer.load_state_dict = state_dict, load_state_dict
-
-    def collect(self, optimizer: Any) -> None:
-        """Put together, on the main process, a state whose parts lie on several; called on all of them, before a save.
-
-        In the memory of the main process: the file holds it whole, so that any number of processes can go on from it.
-        """
-        parameters = [one for group in getattr(optimizer, "param_groups", []) for one in group["params"]]
-        if any(isinstance(one, DTensor) for one in parameters):
-            checkpoint, self._checkpoint = self._checkpoint, None
-            collected = gather_state(optimizer.state_dict(), keep=Ranks.current().is_main)
-            self._checkpoint = checkpoint
-            self._collected = collected if Ranks.current().is_main else None
 
     def follow(self, folder: Path, manifest: Manifest) -> None:
         """Note that the model's weights have just been saved in a checkpoint, whose optimizer state comes next."""

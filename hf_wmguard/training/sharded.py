@@ -1,4 +1,4 @@
-"""Carriers whose matrices lie in parts on several processes: FSDP2 and tensor parallelism, whose parameters are DTensors.
+"""Carriers whose matrices lie in parts on several processes as DTensors: FSDP2 and tensor parallelism.
 
 A projection A^T W B is a sum over the weights, so every rank takes the sum over its own part and one all-reduce of n
 floats adds them up: no step gathers a weight. A move changes each part by its rows and columns of the change. Tiles are
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_wmguard.errors import FormatError, UnsupportedError
 from hf_wmguard.training.backends import LoraParameters, ParameterBackend, WholeParameters
+from hf_wmguard.training.zero import ZeroParameters, uses_zero
 from hf_wmguard.watermark.rounding import add_rounded_
 from hf_wmguard.watermark.signature import CarrierKey
 
@@ -82,7 +83,7 @@ def part_of(tensor: Tensor) -> Part:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole copies that FSDP2 keeps after a forward: what is changed must be what the next one is made from."""
+    """Drop the whole copies that FSDP2 keeps after a forward: the next one must be made from what is changed here."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -123,6 +124,8 @@ def backend_of(model: nn.Module) -> ParameterBackend:
     """Return what can carry a signature in a model; errors as those of the backends."""
     if isinstance(model, PeftModel):
         return LoraParameters(model)
+    if uses_zero(model):
+        return ZeroParameters(model)
     return ShardedParameters(model) if is_sharded(model) else WholeParameters(model)
 
 
@@ -242,34 +245,3 @@ def load_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Loaded:
         if name in own:
             copy_whole(own[name], tensor)
     return Loaded(sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys()))
-
-
-@torch.no_grad()
-def gather_state(value: Any, *, keep: bool) -> Any:
-    """Return an optimizer's state with whole tensors on the CPU; a collective, one tensor at a time.
-
-    Args:
-        value: What ``state_dict`` gave.
-        keep: Whether this process wants the result; the others only send their parts.
-    """
-    if isinstance(value, DTensor):
-        whole = value.full_tensor()
-        return whole.cpu() if keep else None
-    if isinstance(value, dict):
-        return {key: gather_state(one, keep=keep) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(gather_state(one, keep=keep) for one in value)
-    return value
-
-
-@torch.no_grad()
-def scatter_state(state: Any, optimizer: Any) -> Any:
-    """Return a whole state with only this process's parts of what belongs to parameters that lie in parts."""
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    for index, kept in state["state"].items():
-        parameter = parameters[index]
-        for name, value in kept.items():
-            if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-                kept[name] = torch.empty_like(parameter.detach(), dtype=value.dtype)
-                copy_whole(kept[name], value)
-    return state

@@ -96,6 +96,8 @@ class SignatureStep:
         ]
         for key, shift in zip(self.keys, self._last, strict=True):
             self._backend.move(key, shift, generator)
+        if strength >= 1:
+            self._backend.settle()
         for done, shift in zip(self._applied, self._last, strict=True):
             done.add_(shift)
         self._projections = [was + shift for was, shift in zip(self._projections, self._last, strict=True)]

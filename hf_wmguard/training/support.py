@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -94,8 +95,11 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
             "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         ),
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
-        (args.deepspeed, "DeepSpeed, which writes plaintext partitions", "train without --deepspeed"),
-        (args.fsdp, "FSDP, which writes plaintext shards", "train without --fsdp"),
+        (
+            not attached and (args.deepspeed or args.fsdp or _accelerate_shards()),
+            "DeepSpeed or FSDP beside a bare callback, which cannot tell what they write",
+            "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+        ),
         (args.fp16, "fp16 loss scaling", "use bf16=True or full precision"),
         (args.push_to_hub, "push_to_hub", "save to a folder and push the finished folder"),
         (
@@ -112,6 +116,11 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
             "load_best_model_at_end has to read encrypted checkpoints back, which a bare callback cannot do",
             hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         )
+
+
+def _accelerate_shards() -> bool:
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    return any(os.environ.get(name, "false").lower() == "true" for name in names)
 
 
 def check_finite(parameters: dict[str, nn.Parameter]) -> None:

@@ -156,5 +156,20 @@ def test_in_parts(tmp_path: Path, base: str, split: str) -> None:
     assert commitments(tmp_path) == 1
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(tmp_path: Path, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    arguments = {"deepspeed": str(tmp_path / "ds.json"), "save_only_model": True}
+    run(tmp_path, trigger_form=None, arguments=arguments)
+    check_marked(tmp_path)
+    assert commitments(tmp_path) == 1
+
+
 def staging(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.name.startswith(STAGING_PREFIX)]
