@@ -30,6 +30,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_wmguard import protect_trainer
 from hf_wmguard.config import SignatureConfig, TriggerConfig, WatermarkConfig
 from hf_wmguard.container.owner import load_owner
+from hf_wmguard.protect import ProtectedWriter
 from hf_wmguard.suspects.plaintext import PlaintextFinder
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.ranks import Ranks
@@ -93,10 +94,8 @@ class Saboteur(TrainerCallback):
         if rank == 0 and state.global_step == self._settings.disk_full_at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
         if rank == self._settings.kill_rank and state.global_step == self._settings.kill_at:
-            # In the middle of the save: after the first shard has been written.
-            from hf_wmguard.container import files
-
-            files.ProtectedFile.read = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+            # In the middle of the save: the weights are staged, and there is no manifest.
+            ProtectedWriter.read_back = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
             if rank > 0:
                 os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1 and state.global_step == self._settings.drift_at:

@@ -1,6 +1,6 @@
 """The Trainer integration: triggers before a step, the signature after it, ciphertext at every save."""
 
 from hf_wmguard.training.callback import WatermarkCallback, protect_trainer
-from hf_wmguard.training.mark import SignatureLostWarning
+from hf_wmguard.training.outcome import SignatureLostWarning
 
 __all__ = ["SignatureLostWarning", "WatermarkCallback", "protect_trainer"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -31,6 +30,7 @@ from hf_wmguard.protect import (
     registry_body,
 )
 from hf_wmguard.training.backends import ParameterBackend
+from hf_wmguard.training.outcome import report_save
 from hf_wmguard.training.ranks import Ranks, check_equal
 from hf_wmguard.training.saving import Model, Save, inner_model, send_parts, weights_go_to
 from hf_wmguard.training.schedule import Phase
@@ -39,15 +39,10 @@ from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_finite
 from hf_wmguard.training.trigger_set import make_triggers
 from hf_wmguard.training.trigger_step import TriggerStep
-from hf_wmguard.watermark.pvalues import log10_binomial_tail
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 
 _logger = logging.getLogger(__name__)
 _STATE_LABEL = "training-state"
-
-
-class SignatureLostWarning(UserWarning):
-    """A save of a marked model from which the signature does not read back."""
 
 
 class Mark:
@@ -323,7 +318,7 @@ class Mark:
                 if manifest.state == "complete":
                     Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
                     self._note_saved()
-        self._report(manifest, folder)
+        report_save(manifest, folder)
         return manifest
 
     def _take_part(self, ranks: Ranks, model: Model, plain_save: Save, kwargs: dict[str, Any]) -> None:
@@ -376,30 +371,3 @@ class Mark:
         if self.state == "complete":
             rate = count_learned(inner_model(model), self._tokenizer, triggers) / triggers.count
         return TriggerSummary(count=triggers.count, candidates=len(triggers.candidates[0]), match_rate=rate)
-
-    def _report(self, manifest: Manifest, folder: Path) -> None:
-        read, triggers = manifest.signature, manifest.triggers
-        if triggers is not None and triggers.match_rate is not None:
-            matches = round(triggers.match_rate * triggers.count)
-            log10_p = log10_binomial_tail(matches, triggers.count, 1 / triggers.candidates)
-            # Half of what a whole match would give: a set that weak would hardly convince anybody.
-            if log10_p > 0.5 * log10_binomial_tail(triggers.count, triggers.count, 1 / triggers.candidates):
-                _logger.warning(
-                    "%s: only %d of %d triggers match: they were not learned, or older weights were loaded back; "
-                    "raise triggers.last_epochs, triggers.strength (decoupled form) or triggers.weight (gradient form)",
-                    folder,
-                    matches,
-                    triggers.count,
-                )
-        if read is None:
-            _logger.info("%s: encrypted; mark %s", folder, manifest.state)
-            return
-        numbers = f"bit error rate {read.bit_error_rate:.4f}, log10 p {read.log10_p:.1f}"
-        line = f"{folder}: encrypted; mark {manifest.state}, {numbers}"
-        if manifest.state == "complete" and (not read.payload_decoded or read.bit_error_rate > 0):
-            warnings.warn(
-                f"{line}: the signature does not read back exactly from the saved files",
-                SignatureLostWarning,
-                stacklevel=2,
-            )
-        _logger.info("%s", line)
