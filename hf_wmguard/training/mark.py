@@ -96,8 +96,9 @@ class Mark:
         self.ranks = Ranks.current()
         self._tokenizer, self._step = tokenizer, step
         self._saved_step, self._finished = None, False
-        check_finite(dict(model.named_parameters()))
-        backend = backend_of(model) if self.config.signature is not None else None
+        with self.ranks.together("checking the model"):
+            check_finite(dict(model.named_parameters()))
+            backend = backend_of(model) if self.config.signature is not None else None
         if self.committed is None:
             self.committed = self._agree(model, backend, getattr(data, "dataset", None))
         record = self.committed.record
