@@ -2,6 +2,6 @@
 
 from hf_wmguard.training.callback import WatermarkCallback, protect_trainer
 from hf_wmguard.training.guard import Guard
-from hf_wmguard.training.mark import SignatureLostWarning
+from hf_wmguard.training.outcome import SignatureLostWarning
 
 __all__ = ["Guard", "SignatureLostWarning", "WatermarkCallback", "protect_trainer"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.protect import SavedAdapter
@@ -50,6 +49,9 @@ class ParameterBackend(Protocol):
             committed: Those of what `read` gave at the commitment, float64 [l, r].
         """
 
+    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
+        """Return `projections` of several carriers at once."""
+
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         """Move the projections of one carrier by ``shift``, float64 [l, r], changing the weights as little as may be.
 
@@ -58,6 +60,9 @@ class ParameterBackend(Protocol):
             shift: In units of the weights.
             generator: For the rounding of 16-bit weights.
         """
+
+    def settle(self) -> None:
+        """Make what was moved the weights that a save writes, where the two are not the same."""
 
     def change_norm(self, key: CarrierKey, shift: Tensor) -> float:
         """Return the Frobenius norm of the change that `move` makes."""
@@ -99,12 +104,18 @@ class WholeParameters:
     def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
         return project(self._tile(key), key)
 
+    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
+        return [self.projections(key, before) for key, before in zip(keys, committed, strict=True)]
+
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         tile = self._tile(key)
         if tile.dtype == torch.float32:
             move_(tile, key, shift)
         else:
             add_rounded_(tile, key.left_inverse @ shift.float() @ key.right_inverse.T, generator)
+
+    def settle(self) -> None:
+        """Do nothing: they are the same."""
 
     def change_norm(self, key: CarrierKey, shift: Tensor) -> float:
         return change_norm(key, shift)
@@ -175,6 +186,9 @@ class LoraParameters:
         adapter = self._adapters[key.carrier.name]
         return committed + adapter_projections(adapter.down, _rows(adapter, key), adapter.scaling, key)
 
+    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
+        return [self.projections(key, before) for key, before in zip(keys, committed, strict=True)]
+
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         adapter = self._adapters[key.carrier.name]
         reach = Reach.of(adapter.down, key)
@@ -188,6 +202,9 @@ class LoraParameters:
                 key.carrier.sides[1],
             )
         add_rounded_(_rows(adapter, key), reach.change(key, shift, adapter.scaling), generator)
+
+    def settle(self) -> None:
+        """Do nothing: they are the same."""
 
     def change_norm(self, key: CarrierKey, shift: Tensor) -> float:
         return Reach.of(self._adapters[key.carrier.name].down, key).change_norm(key, shift)
@@ -255,8 +272,3 @@ def check_layer(path: str, layer: Any) -> None:
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"{path}: adapter is not supported by this version: {what}", hint=instead)
-
-
-def backend_of(model: PreTrainedModel | PeftModel) -> ParameterBackend:
-    """Return what can carry a signature in a model; errors as `WholeParameters` and `LoraParameters`."""
-    return LoraParameters(model) if isinstance(model, PeftModel) else WholeParameters(model)

@@ -32,10 +32,12 @@ from hf_wmguard.loading import read_state_dict
 from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved, save_finished
+from hf_wmguard.training.distributed import check_parallelism, join_saves, refuse_states
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.pushing import TrainerPushes
 from hf_wmguard.training.saving import Model, Save, guard_saves
+from hf_wmguard.training.sharded import is_sharded, load_whole
 from hf_wmguard.training.support import check_arguments, check_model
 
 _logger = logging.getLogger(__name__)
@@ -102,6 +104,7 @@ class WatermarkCallback(TrainerCallback):
         trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
         trainer._load_best_model = load_best_model  # type: ignore[method-assign]
         trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler  # type: ignore[method-assign]
+        join_saves(trainer, self.mark)
 
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
@@ -113,7 +116,7 @@ class WatermarkCallback(TrainerCallback):
 
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
         manifest = self.mark.save(model, plain_save, folder, kwargs)
-        if folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
+        if manifest is not None and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
             self._optimizer.follow(folder, manifest)
 
     def _load(self, folder: Path, model: Any) -> None:
@@ -125,11 +128,12 @@ class WatermarkCallback(TrainerCallback):
             )
         owner = self.mark.owner
         tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())
-        result = (
-            set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
-            if isinstance(model, PeftModel)
-            else model.load_state_dict(tensors, strict=False)
-        )
+        if isinstance(model, PeftModel):
+            result = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+        elif is_sharded(model):
+            result = load_whole(model, tensors)
+        else:
+            result = model.load_state_dict(tensors, strict=False)
         # An adapter's checkpoint lacks the base's weights, as it should.
         if self._trainer is not None and not isinstance(model, PeftModel):
             self._trainer._issue_warnings_after_load(result)
@@ -144,6 +148,9 @@ class WatermarkCallback(TrainerCallback):
             hold()
             self._holding = True
         check_arguments(args, attached=self._trainer is not None)
+        if self._trainer is not None:
+            check_parallelism(self._trainer, self.config)
+            refuse_states(self._trainer)
         model = self._guard(kwargs["model"])
         self._optimizer.guard(kwargs.get("optimizer"))
         out, finished = Path(str(args.output_dir)), self._finished_folder(args)
@@ -219,14 +226,19 @@ class WatermarkCallback(TrainerCallback):
             release()
             self._holding = False
         self.mark.finish()
+        self.mark.check_ranks(kwargs["model"])
         finished = self._finished_folder(args)
         if finished is not None:
-            save_finished(finished, kwargs["model"], kwargs.get("processing_class"))
+            with self.mark.ranks.together(f"saving {finished}"):
+                processor = kwargs.get("processing_class") if self.mark.ranks.is_main else None
+                save_finished(finished, kwargs["model"], processor)
         if not self.mark.saved:
             _logger.warning("%s", self._unsaved().message)
         if finished is not None and self._destination is not None:
             # Last: what fails here leaves a finished model on the disk.
-            deliver_folder(finished, self._destination, allow_public=self.config.protection.allow_public)
+            with self.mark.ranks.together(f"delivering to {self._destination}"):
+                if self.mark.ranks.is_main:
+                    deliver_folder(finished, self._destination, allow_public=self.config.protection.allow_public)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,6 +298,7 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
     callback = WatermarkCallback(config)
     check_model(trainer.model)
     check_arguments(trainer.args, attached=True)
+    check_parallelism(trainer, config)
     callback.attach(trainer)
     trainer.add_callback(callback)
     return callback

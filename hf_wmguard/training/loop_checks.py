@@ -15,8 +15,8 @@ from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.recipients import load_recipient, seal_recipients
 from hf_wmguard.errors import UnsupportedError, UsageError
 from hf_wmguard.probing.tasks import task_of
-from hf_wmguard.training.backends import backend_of
 from hf_wmguard.training.saving import Model, inner_model
+from hf_wmguard.training.sharded import backend_of
 from hf_wmguard.training.support import check_model
 from hf_wmguard.watermark.triggers import TEXT_TASKS
 

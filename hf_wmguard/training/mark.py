@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.tensor import DTensor
 
 from hf_wmguard.canonical import decode_base64, encode_base64
 from hf_wmguard.config import WatermarkConfig
@@ -27,22 +29,20 @@ from hf_wmguard.protect import (
     new_salt,
     registry_body,
 )
-from hf_wmguard.training.backends import ParameterBackend, backend_of
-from hf_wmguard.training.saving import Model, Save, inner_model, weights_go_to
+from hf_wmguard.training.backends import ParameterBackend
+from hf_wmguard.training.outcome import report_save
+from hf_wmguard.training.ranks import Ranks, check_equal
+from hf_wmguard.training.saving import Model, Save, inner_model, send_parts, weights_go_to
 from hf_wmguard.training.schedule import Phase
+from hf_wmguard.training.sharded import backend_of, is_sharded
 from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_finite
 from hf_wmguard.training.trigger_set import make_triggers
 from hf_wmguard.training.trigger_step import TriggerStep
-from hf_wmguard.watermark.pvalues import log10_binomial_tail
 from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
 
 _logger = logging.getLogger(__name__)
 _STATE_LABEL = "training-state"
-
-
-class SignatureLostWarning(UserWarning):
-    """A save of a marked model from which the signature does not read back."""
 
 
 class Mark:
@@ -66,6 +66,7 @@ class Mark:
         self._tokenizer: Any = None
         self._step = 0
         self._resumed_from: Manifest | None = None
+        self.ranks = Ranks()
 
     def begin(
         self,
@@ -90,14 +91,16 @@ class Mark:
             CapacityError, NonFiniteWeightError, UnsupportedError: The model cannot carry this watermark.
             RegistryError: Resuming a run that this registry has no commitment of.
             ConfigError: Resuming with another config than the one committed to.
+            UsageError, EnvironmentFault: Of several processes, one has another key or config, or has failed.
         """
+        self.ranks = Ranks.current()
         self._tokenizer, self._step = tokenizer, step
         self._saved_step, self._triggered_step, self._finished = None, 0, False
-        check_finite(dict(model.named_parameters()))
-        backend = backend_of(model) if self.config.signature is not None else None
+        with self.ranks.together("checking the model"):
+            check_finite(dict(model.named_parameters()))
+            backend = backend_of(model) if self.config.signature is not None else None
         if self.committed is None:
-            planned = self._plan(model, backend, getattr(data, "dataset", None))
-            self.committed = self._find(planned) if step else self._commit(planned)
+            self.committed = self._agree(model, backend, getattr(data, "dataset", None))
         record = self.committed.record
         device = next(model.parameters()).device
         if self.config.signature is not None and backend is not None:
@@ -122,10 +125,32 @@ class Mark:
                 else Phase(start=int(triggers.start * max_steps), end=max_steps)
             )
             phase = phase.without_last(triggers.cooldown)
-            self._triggers = TriggerStep(record.triggers, triggers, phase, tokenizer, data=data)
+            self._triggers = TriggerStep(record.triggers, triggers, phase, tokenizer, data=data, ranks=self.ranks)
 
-    def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any) -> WatermarkRecord:
-        salt = new_salt()
+    def _agree(self, model: Model, backend: ParameterBackend | None, dataset: Any) -> Committed:
+        """Return what one process committed to, or found, for all of them."""
+        outline = f"{self.owner.key_id()} {self.config.model_id} {self.config.iteration}"
+        same = "start every process with the same config and the same owner key"
+        self.ranks.check_same("the owner key or the model's name", outline, hint=same)
+        self.ranks.check_same("the config", repr((self.config.signature, self.config.triggers)), hint=same)
+        salt = self.ranks.from_main("planning the watermark", new_salt)
+        with self.ranks.together("planning the watermark"):
+            planned = self._plan(model, backend, dataset, salt)
+        if self.ranks.size == 1:
+            return self._fix(planned)
+        # The entry and not the record, so that every rank checks for itself that the one commits to the other.
+        committed = Committed.from_entry(self.ranks.from_main("the commitment", lambda: self._fix(planned).entry))
+        with self.ranks.together("the commitment"):
+            if not committed.record.same_scheme(planned):
+                raise ConfigError(
+                    "this process has another model than the one that the main process committed to", hint=same
+                )
+        return committed
+
+    def _fix(self, planned: WatermarkRecord) -> Committed:
+        return self._find(planned) if self._step else self._commit(planned)
+
+    def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any, salt: bytes) -> WatermarkRecord:
         plan = partial(new_record, self.owner, self.config, salt=salt)
         record = (
             plan(shapes={})
@@ -236,8 +261,8 @@ class Mark:
 
     @property
     def saved(self) -> bool:
-        """Whether a complete save holds the model as it is after the last step."""
-        return self._saved_step == self._step
+        """Whether a complete save holds the model as it is after the last step; the main process alone can tell."""
+        return not self.ranks.is_main or self._saved_step == self._step
 
     @property
     def state(self) -> State:
@@ -260,7 +285,18 @@ class Mark:
             values |= self._triggers.metrics
         return values
 
-    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest:
+    def check_ranks(self, model: Model) -> None:
+        """Check that every process has the same weights, where each has all of them.
+
+        Raises:
+            EnvironmentFault: One has drifted; on all of them.
+        """
+        parameters = {
+            name: one for name, one in model.named_parameters() if not isinstance(one, DTensor) and one.numel()
+        }
+        check_equal(self.ranks, list(parameters), list(parameters.values()))
+
+    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest | None:
         """Write one save of the model as ciphertext, judge it by what was written, and sign the verdict.
 
         Args:
@@ -269,40 +305,73 @@ class Mark:
             folder: Where to.
             kwargs: The other arguments of ``save_pretrained``.
         Returns:
-            What was signed.
+            What was signed; None on a process that does not write.
         """
-        signature, sealed = None, None
-        with ProtectedWriter(folder, config=self.config, owner=self.owner) as writer:
-            with weights_go_to(writer.add, model):
+        ranks = Ranks.current() if is_sharded(model) else Ranks()
+        if not ranks.is_main:
+            self._take_part(ranks, model, plain_save, kwargs)
+            return None
+        if not Ranks.current().is_main:
+            return None
+        # Step by step: no other process may wait in the next one's collectives for this one, when it has failed.
+        together = partial(ranks.together, f"saving {folder}")
+        with ExitStack() as stack:
+            with together():
+                writer = stack.enter_context(ProtectedWriter(folder, config=self.config, owner=self.owner))
+            with together(), weights_go_to(writer.add, model):
                 # Into the staging folder: transformers clears old shards and rewrites the config before it writes.
                 plain_save(writer.staging, **kwargs)
-            if self._signature is not None and self.committed is not None:
-                reading = writer.read_back(
-                    self._signature.keys, adapters=self._adapters, baselines=self.committed.record.baselines
-                )
-                payload = self.committed.record.decode_payload(self.owner, reading.soft)
-                signature = SignatureSummary(
-                    bit_error_rate=reading.bit_error_rate,
-                    log10_p=reading.log10_p,
-                    projections=max(1, reading.projections),
-                    payload_decoded=payload == self.committed.record.payload,
-                    weight_change=self._signature.weight_change,
-                )
-                state = self.owner.seal(_STATE_LABEL, self._signature.state(), aad=writer.set_id.encode())
-                sealed = encode_base64(state)
-            manifest = writer.finish(
-                state=self.state,
-                step=self._step,
-                committed=self.committed,
-                signature=signature,
-                triggers=self._trigger_summary(model),
-                sealed_state=sealed,
-            )
-        if manifest.state == "complete":
-            Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
-            self._saved_step = self._step
-        self._report(manifest, folder)
+            with together():
+                triggers = self._trigger_summary(model)
+            with together():
+                manifest = self._finish_save(writer, triggers)
+                if manifest.state == "complete":
+                    Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
+                    self._note_saved()
+        report_save(manifest, folder)
         return manifest
+
+    def _take_part(self, ranks: Ranks, model: Model, plain_save: Save, kwargs: dict[str, Any]) -> None:
+        """Hand this process's parts over for a save, and take part in what the model is asked; as `save`, in step."""
+        together = partial(ranks.together, "saving the model")
+        with together():
+            pass
+        with together():
+            send_parts(model, plain_save, kwargs)
+        with together():
+            self._trigger_summary(model)
+        with together():
+            self._note_saved()
+
+    def _note_saved(self) -> None:
+        if self.state == "complete":
+            self._saved_step = self._step
+
+    def _finish_save(self, writer: ProtectedWriter, triggers: TriggerSummary | None) -> Manifest:
+        """Judge what was written, and sign the verdict."""
+        signature, sealed = None, None
+        if self._signature is not None and self.committed is not None:
+            reading = writer.read_back(
+                self._signature.keys, adapters=self._adapters, baselines=self.committed.record.baselines
+            )
+            payload = self.committed.record.decode_payload(self.owner, reading.soft)
+            signature = SignatureSummary(
+                bit_error_rate=reading.bit_error_rate,
+                log10_p=reading.log10_p,
+                projections=max(1, reading.projections),
+                payload_decoded=payload == self.committed.record.payload,
+                weight_change=self._signature.weight_change,
+            )
+            state = self.owner.seal(_STATE_LABEL, self._signature.state(), aad=writer.set_id.encode())
+            sealed = encode_base64(state)
+        return writer.finish(
+            state=self.state,
+            step=self._step,
+            committed=self.committed,
+            signature=signature,
+            triggers=triggers,
+            sealed_state=sealed,
+        )
 
     def _trigger_summary(self, model: Model) -> TriggerSummary | None:
         triggers = self.committed.record.triggers if self.committed else None
@@ -312,30 +381,3 @@ class Mark:
         if self.state == "complete":
             rate = count_learned(inner_model(model), self._tokenizer, triggers) / triggers.count
         return TriggerSummary(count=triggers.count, candidates=len(triggers.candidates[0]), match_rate=rate)
-
-    def _report(self, manifest: Manifest, folder: Path) -> None:
-        read, triggers = manifest.signature, manifest.triggers
-        if triggers is not None and triggers.match_rate is not None:
-            matches = round(triggers.match_rate * triggers.count)
-            log10_p = log10_binomial_tail(matches, triggers.count, 1 / triggers.candidates)
-            # Half of what a whole match would give: a set that weak would hardly convince anybody.
-            if log10_p > 0.5 * log10_binomial_tail(triggers.count, triggers.count, 1 / triggers.candidates):
-                _logger.warning(
-                    "%s: only %d of %d triggers match: they were not learned, or older weights were loaded back; "
-                    "raise triggers.last_epochs, triggers.strength (decoupled form) or triggers.weight (gradient form)",
-                    folder,
-                    matches,
-                    triggers.count,
-                )
-        if read is None:
-            _logger.info("%s: encrypted; mark %s", folder, manifest.state)
-            return
-        numbers = f"bit error rate {read.bit_error_rate:.4f}, log10 p {read.log10_p:.1f}"
-        line = f"{folder}: encrypted; mark {manifest.state}, {numbers}"
-        if manifest.state == "complete" and (not read.payload_decoded or read.bit_error_rate > 0):
-            warnings.warn(
-                f"{line}: the signature does not read back exactly from the saved files",
-                SignatureLostWarning,
-                stacklevel=2,
-            )
-        _logger.info("%s", line)

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_wmguard.errors import UnsupportedError
+from hf_wmguard.errors import UnsupportedError, WmguardError
+from hf_wmguard.training.sharded import is_sharded
 
 Model = PreTrainedModel | PeftModel
 Sink = Callable[[Mapping[str, Tensor], Path, Mapping[str, str] | None], None]
@@ -64,19 +65,32 @@ def weights_go_to(sink: Sink, model: Model) -> Iterator[None]:
                 f"this release of {name} writes weights in a way that cannot be intercepted",
                 hint="install a release that pip install hf-wmguard allows",
             )
-        thread = threading.get_ident()
+        thread, failed = threading.get_ident(), list[WmguardError]()
 
         def save_file(tensors: Mapping[str, Tensor], filename: Any, metadata: Mapping[str, str] | None = None) -> None:
-            if threading.get_ident() == thread:
-                sink(tensors, Path(filename), metadata)
-            else:
+            if threading.get_ident() != thread:
                 original(tensors, filename, metadata=metadata)
+            elif not failed:
+                try:
+                    sink(tensors, Path(filename), metadata)
+                except WmguardError as error:
+                    # Of a model in parts, all others wait for this process at the end of transformers' own save.
+                    failed.append(error)
 
         setattr(library, _WRITER, save_file)
         try:
             yield
         finally:
             setattr(library, _WRITER, original)
+        if failed:
+            raise failed[0]
+
+
+def send_parts(model: Model, plain_save: Save, kwargs: Mapping[str, Any]) -> None:
+    """Take part in the save of a model that lies in parts, on a process that writes nothing of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        # transformers makes and lists a folder on every process.
+        plain_save(folder, **{**kwargs, "is_main_process": False})
 
 
 class _GuardedSave:
@@ -105,7 +119,8 @@ class _GuardedSave:
                 "a converted adapter, or one that is not safetensors, would be plaintext",
                 hint="call save_pretrained(folder) without safe_serialization or weight conversion",
             )
-        if not kwargs.get("is_main_process", True):
+        # Of a model that lies in parts, all processes take part in a save.
+        if not kwargs.get("is_main_process", True) and not is_sharded(self._model):
             return
         plain = MethodType(type(self._model).save_pretrained, self._model)
         self._save(self._model, plain, Path(save_directory), kwargs)

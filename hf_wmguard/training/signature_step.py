@@ -96,15 +96,15 @@ class SignatureStep:
         ]
         for key, shift in zip(self.keys, self._last, strict=True):
             self._backend.move(key, shift, generator)
+        if strength >= 1:
+            self._backend.settle()
         for done, shift in zip(self._applied, self._last, strict=True):
             done.add_(shift)
         self._projections = [was + shift for was, shift in zip(self._projections, self._last, strict=True)]
 
     @torch.no_grad()
     def _read(self) -> None:
-        self._projections = [
-            self._backend.projections(key, before) for key, before in zip(self.keys, self._committed, strict=True)
-        ]
+        self._projections = self._backend.projections_of(self.keys, self._committed)
         # One check for all: each would make a GPU wait.
         if not bool(torch.isfinite(torch.cat([one.flatten() for one in self._projections])).all()):
             broken = next(k for k, p in zip(self.keys, self._projections, strict=True) if not torch.isfinite(p).all())

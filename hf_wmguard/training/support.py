@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.saving import Model
+from hf_wmguard.training.sharded import is_sharded, local
 
 
 def check_model(model: nn.Module | None) -> Model:
@@ -23,6 +25,11 @@ def check_model(model: nn.Module | None) -> Model:
     inner = model
     if isinstance(model, PeftModel):
         _check_adapters(model)
+        if is_sharded(model):
+            raise UnsupportedError(
+                "an adapter beside a base that lies in parts on several processes is not supported by this version",
+                hint="load the base without distributed_config, for DDP, or train without an adapter",
+            )
         inner = model.get_base_model()
     if not isinstance(inner, PreTrainedModel) or not isinstance(model, Model):
         raise UnsupportedError(
@@ -82,10 +89,17 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         UnsupportedError: Such a mode is on.
     """
     refused: list[tuple[Any, str, str]] = [
-        (args.world_size > 1, "more than one process", "start one process"),
+        (
+            args.world_size > 1 and not attached,
+            "more than one process beside a bare callback, which cannot tell the others of a save that failed",
+            "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+        ),
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
-        (args.deepspeed, "DeepSpeed, which writes plaintext partitions", "train without --deepspeed"),
-        (args.fsdp, "FSDP, which writes plaintext shards", "train without --fsdp"),
+        (
+            not attached and (args.deepspeed or args.fsdp or _accelerate_shards()),
+            "DeepSpeed or FSDP beside a bare callback, which cannot tell what they write",
+            "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+        ),
         (args.fp16, "fp16 loss scaling", "use bf16=True or full precision"),
         (
             args.push_to_hub and not attached,
@@ -108,6 +122,11 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         )
 
 
+def _accelerate_shards() -> bool:
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    return any(os.environ.get(name, "false").lower() == "true" for name in names)
+
+
 def check_finite(parameters: dict[str, nn.Parameter]) -> None:
     """Refuse a model that could never be saved.
 
@@ -116,7 +135,11 @@ def check_finite(parameters: dict[str, nn.Parameter]) -> None:
     """
     for name, parameter in parameters.items():
         # PyTorch has no isfinite for the 8-bit floats.
-        if parameter.is_floating_point() and parameter.element_size() > 1 and not bool(torch.isfinite(parameter).all()):
+        if (
+            parameter.is_floating_point()
+            and parameter.element_size() > 1
+            and not bool(torch.isfinite(local(parameter)).all())
+        ):
             raise NonFiniteWeightError(
                 f"{name} holds NaN or Inf before the first step",
                 hint="the model is damaged or was never initialised: load it again",

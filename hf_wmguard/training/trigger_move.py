@@ -25,6 +25,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from hf_wmguard.training.sharded import local, total, totals
 from hf_wmguard.watermark.rounding import add_rounded_
 
 LARGEST_MOVE: Final = 0.01
@@ -83,11 +84,14 @@ def descend(
     slope, length = metric.slope_and_length()
     if slope <= 0:
         return
-    norm = math.sqrt(sum(float(p.float().pow(2).sum()) for p in moved))
+    norm = math.sqrt(total(moved, lambda p: float(local(p).float().pow(2).sum())))
     largest = min(LARGEST_MOVE * norm, STEPS_LONG * rate * math.sqrt(sum(p.numel() for p in moved)))
     factor = min(decrease / slope, largest / length)
-    for parameter in moved:
-        add_rounded_(parameter, -factor * metric.direction(parameter), generator)
+    seed = generator.initial_seed()
+    for index, parameter in enumerate(moved):
+        # Anew for each: parts of different sizes would use up different amounts, and ranks drift apart.
+        generator.manual_seed(seed + (index << 32))
+        add_rounded_(local(parameter), -factor * metric.direction(parameter), generator)
 
 
 class _Metric:
@@ -99,15 +103,14 @@ class _Metric:
         self._scale = 0.0
         self._against = 0.0
         if self._moments:
-            total = sum(float(self._squared(p).sum()) for p in moved)
-            self._scale = total / sum(p.numel() for p in moved)
+            self._scale = total(moved, lambda p: float(self._squared(p).sum())) / sum(p.numel() for p in moved)
         if self._scale > 0:
-            with_mean = sum(float((self._inverse(p, _gradient(p)) * self._mean(p)).sum()) for p in moved)
-            mean_alone = sum(float((self._inverse(p, self._mean(p)) * self._mean(p)).sum()) for p in moved)
+            with_mean = total(moved, lambda p: float((self._inverse(p, _gradient(p)) * self._mean(p)).sum()))
+            mean_alone = total(moved, lambda p: float((self._inverse(p, self._mean(p)) * self._mean(p)).sum()))
             # Only what would raise the ordinary loss is taken out.
             self._against = min(0.0, with_mean / mean_alone) if mean_alone > 0 else 0.0
 
-    def direction(self, parameter: nn.Parameter) -> Tensor:
+    def direction(self, parameter: Tensor) -> Tensor:
         """Return the way up, float32, of the parameter's shape."""
         gradient = _gradient(parameter)
         if self._scale <= 0:
@@ -116,24 +119,25 @@ class _Metric:
 
     def slope_and_length(self) -> tuple[float, float]:
         """Return by how much the loss rises along the whole direction, and how long that is."""
-        slope = length = 0.0
-        for parameter in self._moved:
-            direction = self.direction(parameter)
-            slope += float((direction * _gradient(parameter)).sum())
-            length += float(direction.pow(2).sum())
-        return slope, math.sqrt(length)
 
-    def _inverse(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        def values_of(parameter: Tensor) -> tuple[float, float]:
+            direction = self.direction(parameter)
+            return float((direction * _gradient(parameter)).sum()), float(direction.pow(2).sum())
+
+        slope, square = totals(self._moved, values_of)
+        return slope, math.sqrt(square)
+
+    def _inverse(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         return gradient / (self._squared(parameter) / self._scale + DAMPING)
 
-    def _mean(self, parameter: nn.Parameter) -> Tensor:
-        return self._moments[id(parameter)][0].float()
+    def _mean(self, parameter: Tensor) -> Tensor:
+        return local(self._moments[id(parameter)][0]).float()
 
-    def _squared(self, parameter: nn.Parameter) -> Tensor:
-        return self._moments[id(parameter)][1].float()
+    def _squared(self, parameter: Tensor) -> Tensor:
+        return local(self._moments[id(parameter)][1]).float()
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
-        return torch.zeros_like(parameter, dtype=torch.float32)
-    return parameter.grad.float()
+        return torch.zeros_like(local(parameter), dtype=torch.float32)
+    return local(parameter.grad).float()

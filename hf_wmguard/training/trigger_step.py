@@ -15,11 +15,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import NonFiniteWeightError
 from hf_wmguard.probing.tasks import task_of
+from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_move import Moments, descend, moments_of, peak_rate
 from hf_wmguard.watermark.answers import Prompt
@@ -44,6 +46,7 @@ class TriggerStep:
         phase: Where in training.
         processor: The model's tokenizer or image processor.
         data: The Trainer's dataloader, from whose rows some are replayed; None: nothing is.
+        ranks: The processes that train together; each runs the same micro-batch.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class TriggerStep:
         processor: Any,
         *,
         data: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._triggers = triggers
         self._config = config
         self.phase = phase
@@ -103,6 +108,11 @@ class TriggerStep:
         """Make one move, and return the loss before it."""
         model.zero_grad()
         loss = self._backward(model, step, 1.0)
+        if self._ranks.size > 1:
+            # All ranks ran the same rows, but kernels need not give the same bits: averaged, the moves are the same.
+            mean = torch.tensor([loss], dtype=torch.float64, device=next(model.parameters()).device)
+            self._ranks.mean_([mean, *replicated_gradients(model)])
+            loss = float(mean)
         generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
         decrease = max(0.0, loss - LEARNED) * self._config.strength
         descend(moved_by_triggers(model), decrease, moments, generator, rate=rate)
@@ -181,6 +191,11 @@ def moved_by_triggers(model: nn.Module) -> list[nn.Parameter]:
     everywhere = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     trained = [p for p in model.parameters() if p.grad is not None]
     return [p for p in trained if p.ndim > 1 and id(p) not in everywhere] or trained
+
+
+def replicated_gradients(model: nn.Module) -> list[Tensor]:
+    """Return the gradients of which every process has its own copy; the others are averaged in the backward."""
+    return [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

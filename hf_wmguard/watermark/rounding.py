@@ -16,21 +16,38 @@ CARRYING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOW_BITS = 16
 
 
-def add_rounded_(weights: Tensor, change: Tensor, generator: torch.Generator) -> None:
+def add_rounded_(
+    weights: Tensor,
+    change: Tensor,
+    generator: torch.Generator,
+    *,
+    whole: tuple[int, ...] | None = None,
+    at: tuple[int, ...] = (),
+) -> None:
     """Add a change to weights in place; 16-bit weights go to one of their two neighbours, unbiased.
 
     Args:
         weights: float32, bfloat16 or float16.
         change: float32, finite, of the same shape.
         generator: On the weights' device; drawn from for 16-bit weights only.
+        whole: Shape of what these weights are a part of: its random numbers are drawn, and those of the part used, so
+            that all parts together are rounded as the whole would be.
+        at: Where the part begins in it.
     """
     if weights.dtype == torch.float32:
         weights.add_(change)
     else:
-        weights.copy_(round_stochastic(weights.float().add_(change), weights.dtype, generator))
+        weights.copy_(round_stochastic(weights.float().add_(change), weights.dtype, generator, whole=whole, at=at))
 
 
-def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def round_stochastic(
+    values: Tensor,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    whole: tuple[int, ...] | None = None,
+    at: tuple[int, ...] = (),
+) -> Tensor:
     """Return values rounded to one of their two neighbours in a 16-bit type, the nearer one more often: unbiased.
 
     What the type holds exactly stays as it is, and what lies beyond its range becomes its largest value.
@@ -39,20 +56,22 @@ def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Genera
         values: float32, finite.
         dtype: bfloat16 or float16.
         generator: On the same device.
+        whole: See `add_rounded_`.
+        at: See `add_rounded_`.
     """
+    shape = tuple(values.shape) if whole is None else whole
+    part = tuple(slice(start, start + size) for start, size in zip(at, values.shape, strict=bool(at)))
     limit = torch.finfo(dtype).max
     values = values.clamp(-limit, limit)
     if dtype == torch.bfloat16:
         # bfloat16 is the upper half of a float32: a uniform lower half, added, carries with the right probability.
-        noise = torch.randint(
-            1 << _LOW_BITS, values.shape, dtype=torch.int32, device=values.device, generator=generator
-        )
-        return ((values.view(torch.int32) + noise) >> _LOW_BITS).to(torch.int16).view(torch.bfloat16)
+        noise = torch.randint(1 << _LOW_BITS, shape, dtype=torch.int32, device=values.device, generator=generator)
+        return ((values.view(torch.int32) + noise[part]) >> _LOW_BITS).to(torch.int16).view(torch.bfloat16)
     # The bits of non-negative floats count upwards with their values, through the subnormals too.
     size = values.abs()
     below = size.to(dtype)
     below = (below.view(torch.int16) - (below.float() > size).to(torch.int16)).view(dtype)
     above = (below.view(torch.int16) + (below.float() < size).to(torch.int16)).view(dtype)
     share = (size - below.float()) / (above.float() - below.float()).clamp_min(torch.finfo(torch.float32).tiny)
-    up = torch.rand(values.shape, device=values.device, generator=generator) < share
+    up = torch.rand(shape, device=values.device, generator=generator)[part] < share
     return torch.where(up, above, below).copysign(values).to(dtype)

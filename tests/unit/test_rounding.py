@@ -105,3 +105,16 @@ def test_naive_write_embeds_nothing_where_ours_embeds(dtype: torch.dtype) -> Non
     assert 0.4 < naive.bit_error_rate < 0.6
     assert ours.bit_error_rate == 0.0
     assert ours.correlation > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_are_rounded_as_the_whole(dtype: torch.dtype) -> None:
+    weights = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    change = torch.randn(6, 8, generator=torch.Generator().manual_seed(2)) * 1e-3
+    whole = weights.clone()
+    add_rounded_(whole, change, torch.Generator().manual_seed(3))
+    for row, column in ((0, 0), (0, 5), (4, 0), (4, 5)):
+        part = (slice(row, row + (4 if row == 0 else 2)), slice(column, column + (5 if column == 0 else 3)))
+        own = weights[part].clone()
+        add_rounded_(own, change[part], torch.Generator().manual_seed(3), whole=(6, 8), at=(row, column))
+        assert torch.equal(own, whole[part])
