@@ -34,8 +34,8 @@ from hf_wmguard.errors import CapacityError, ConfigError, UnsupportedError, Wmgu
 from hf_wmguard.evidence.manifest import Manifest, read_manifest
 from hf_wmguard.loading import decrypt_folder, load_protected, load_suspect, read_state_dict
 from hf_wmguard.suspects.plaintext import PlaintextFinder
-from hf_wmguard.training.sharded import backend_of
 from hf_wmguard.training.callback import WatermarkCallback
+from hf_wmguard.training.sharded import backend_of
 from hf_wmguard.watermark.lowrank import adapter_projections
 from hf_wmguard.watermark.record import WatermarkRecord
 from hf_wmguard.watermark.signature import Reading, project, read_signature
