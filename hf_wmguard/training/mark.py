@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from hf_wmguard.protect import (
     registry_body,
 )
 from hf_wmguard.training.backends import ParameterBackend, backend_of
+from hf_wmguard.training.loss_scale import scale_of, was_skipped
 from hf_wmguard.training.saving import Model, Save, inner_model, weights_go_to
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.signature_step import SignatureStep
@@ -66,6 +68,9 @@ class Mark:
         self._tokenizer: Any = None
         self._step = 0
         self._resumed_from: Manifest | None = None
+        self._model: weakref.ref[Model] | None = None
+        self.paused = False
+        """While set, nothing moves before the ramp's end."""
 
     def begin(
         self,
@@ -93,15 +98,22 @@ class Mark:
         """
         self._tokenizer, self._step = tokenizer, step
         self._saved_step, self._finished = None, False
+        self._signature, self._triggers, self.paused = None, None, False
         check_finite(dict(model.named_parameters()))
         backend = backend_of(model) if self.config.signature is not None else None
+        if self._model is not None and self._model() is not model:
+            # Made anew (model_init): what was committed to before is another model's.
+            self.committed = None
+        if not step:
+            self._resumed_from = None
+        self._model = weakref.ref(model)
         if self.committed is None:
             planned = self._plan(model, backend, getattr(data, "dataset", None))
             self.committed = self._find(planned) if step else self._commit(planned)
         record = self.committed.record
         device = next(model.parameters()).device
         if self.config.signature is not None and backend is not None:
-            phase = Phase.last(self.config.signature.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+            phase = _last("signature", self.config.signature.last_epochs, max_steps, steps_per_epoch)
             keys = tuple(key.to(device) for key in record.carrier_keys(self.owner))
             before = [baseline.projections_of(key) for key, baseline in zip(keys, record.baselines, strict=True)]
             rounding_key = self.owner.derive(
@@ -117,7 +129,7 @@ class Mark:
         if self.config.triggers is not None and record.triggers is not None:
             triggers = self.config.triggers
             phase = (
-                Phase.last(triggers.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+                _last("triggers", triggers.last_epochs, max_steps, steps_per_epoch)
                 if triggers.start is None
                 else Phase(start=int(triggers.start * max_steps), end=max_steps)
             )
@@ -183,27 +195,30 @@ class Mark:
             sealed = decode_base64(manifest.sealed_state, "sealed state")
             signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
 
-    def before_step(self, model: Model) -> None:
+    def before_step(self, model: Model, optimizer: Any = None) -> None:
         """Add the triggers' gradient to those of the coming optimizer step, where that is their form."""
         coming, triggers = self._step + 1, self._triggers
         # Data without a length can end inside an accumulation: the step then begins twice, its triggers come once.
         if triggers is None or triggers.is_decoupled or not triggers.due(coming) or self._triggered_step == coming:
             return
+        if self.paused:
+            return
         self._triggered_step = coming
-        triggers.add_gradient(inner_model(model), coming)
+        triggers.add_gradient(inner_model(model), coming, scale=scale_of(optimizer))
 
     def before_optimizer(self) -> None:
         """Add the signature's gradient to those of the coming optimizer step."""
-        if self._signature is not None:
+        if self._signature is not None and not self.paused:
             self._signature.before_optimizer(self._step + 1)
 
     def after_step(self, model: Model, optimizer: Any = None) -> None:
         """Take the trigger step and the signature step that follow an optimizer step."""
         self._step += 1
-        if self._triggers is not None and self._triggers.is_decoupled and self._triggers.due(self._step):
-            self._triggers.run(inner_model(model), self._step, optimizer)
+        rests, triggers = self.paused or was_skipped(optimizer), self._triggers
+        if triggers is not None and triggers.is_decoupled and triggers.due(self._step) and not rests:
+            triggers.run(inner_model(model), self._step, optimizer, scale=scale_of(optimizer))
         if self._signature is not None:
-            self._signature.after_optimizer(self._step)
+            self._signature.after_optimizer(self._step, rests=rests)
 
     def finish(self) -> None:
         """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""
@@ -217,8 +232,16 @@ class Mark:
         _logger.info("last step to the lattice: relative weight change %.2g, at the end of training %.2g", last, rest)
         if early:
             _logger.warning(
-                "training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)", rest
+                "training ended before the ramp did: the rest of the mark was embedded at once (weight change %.2g)",
+                rest,
             )
+
+    @property
+    def first(self) -> int:
+        """Optimizer steps before the marked phase; once `begin` has run."""
+        phases = [self._signature.ramp.phase] if self._signature is not None else []
+        phases += [self._triggers.phase] if self._triggers is not None else []
+        return min(phase.start for phase in phases)
 
     @property
     def step(self) -> int:
@@ -330,3 +353,14 @@ class Mark:
                 stacklevel=2,
             )
         _logger.info("%s", line)
+
+
+def _last(channel: str, epochs: float, max_steps: int, steps_per_epoch: int | None) -> Phase:
+    if epochs * (steps_per_epoch or max_steps) > max_steps:
+        _logger.warning(
+            "%s.last_epochs is %g, longer than this run of %d steps: the mark is brought in from the first step",
+            channel,
+            epochs,
+            max_steps,
+        )
+    return Phase.last(epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)

@@ -86,7 +86,6 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
         (args.deepspeed, "DeepSpeed, which writes plaintext partitions", "train without --deepspeed"),
         (args.fsdp, "FSDP, which writes plaintext shards", "train without --fsdp"),
-        (args.fp16, "fp16 loss scaling", "use bf16=True or full precision"),
         (
             args.push_to_hub and not attached,
             "push_to_hub beside a bare callback, which cannot reach the Trainer's pushes",
