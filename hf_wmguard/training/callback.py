@@ -183,7 +183,7 @@ class WatermarkCallback(TrainerCallback):
             data=kwargs.get("train_dataloader"),
         )
         if self._gate is not None:
-            self._gate.begin(state, self.mark.first)
+            self.mark.paused = self._gate.begin(state, self.mark.first)
         # Once, however often this trainer trains.
         atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
@@ -224,7 +224,7 @@ class WatermarkCallback(TrainerCallback):
         if self._logging or "loss" not in (logs or {}):
             return
         if self._gate is not None:
-            self._pause(bool(self._gate.is_jump(logs)))
+            self._pause(self._gate.is_jump(logs, self.mark.paused))
         metrics = self.mark.metrics()
         if not metrics:
             return

@@ -39,35 +39,38 @@ class TrainerGate:
         self._gate = self._new_gate()
         self._breach: QualityError | None = None
 
-    def begin(self, state: TrainerState, first: int) -> None:
+    def begin(self, state: TrainerState, first: int) -> bool:
         """Start anew, or go on with what a resumed run has measured before.
 
         Args:
             state: The Trainer's.
             first: Optimizer steps before the marked phase.
+        Returns:
+            Whether the last loss of the log had jumped.
         Raises:
             ConfigError: It is resumed inside the marked phase, and nothing was measured before that.
         """
-        self._gate, self._breach = self._new_gate(), None
+        self._gate, self._breach, jumped = self._new_gate(), None, False
         for entry in state.log_history:
             self._gate.before = entry.get(BEFORE, self._gate.before)
-            self.is_jump(entry)
+            jumped = self.is_jump(entry, jumped)
         if self._gate.before is None and state.global_step > first:
             raise ConfigError(
                 f"resuming at step {state.global_step}, inside the marked phase, with no {BEFORE} in the log",
                 hint="resume without quality, or from a checkpoint of step "
                 f"{first} or before: what the model was worth unmarked cannot be measured any more",
             )
+        return jumped
 
     def before_step(self, state: TrainerState, first: int) -> None:
         """Measure where the coming step is the first one that may move anything."""
         if self._gate.before is None and state.global_step >= first:
             self._log(BEFORE, self._kept_mode(self._gate.measure_before))
 
-    def is_jump(self, logs: Mapping[str, Any]) -> bool | None:
-        """Return whether logs hold a training loss that has jumped; None where they hold none."""
+    def is_jump(self, logs: Mapping[str, Any], otherwise: bool) -> bool:
+        """Return whether logs hold a training loss that has jumped; what was so before where they hold none."""
         loss = logs.get("loss")
-        return self._gate.note_loss(float(loss)) if isinstance(loss, int | float) else None
+        return self._gate.note_loss(float(loss)) if isinstance(loss, int | float) else otherwise
 
     def finish(self) -> None:
         """Measure the finished model.

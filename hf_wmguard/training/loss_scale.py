@@ -19,7 +19,10 @@ def scale_of(optimizer: Any) -> float:
 
 
 def was_skipped(optimizer: Any) -> bool:
-    """Return whether the optimizer's last step was skipped because its gradients had overflown."""
+    """Return whether the optimizer's last step was skipped because its gradients had overflown.
+
+    A fused one skips inside its own step, of which accelerate does not know; a mark that then moves on harms nothing.
+    """
     return bool(getattr(optimizer, "step_was_skipped", False))
 
 
