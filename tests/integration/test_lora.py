@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from tiny import Recorder, StopAt, build_trainer, digest_weights, make_keys, make_model, make_rows
 from torch import Tensor, nn
@@ -320,6 +322,14 @@ def test_variants_that_are_supported(
     assert reading.bit_error_rate == 0.0
 
 
+def _variant(model: PeftModel) -> PeftModel:
+    # What use_qalora makes of quantized layers; no quantization library is needed to see it.
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_variant["default"] = QALoraLinearVariant()
+    return model
+
+
 def _embeddings(model: nn.Module) -> PeftModel:
     return adapt(model, target_modules=["word_embeddings"], modules_to_save=None)
 
@@ -344,7 +354,7 @@ def _merged(model: nn.Module) -> PeftModel:
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], PeftModel], type[WmguardError], str]] = {
-    "dora": (lambda model: adapt(model, use_dora=True), UnsupportedError, "Dora"),
+    "qalora": (lambda model: _variant(adapt(model)), UnsupportedError, "QALoraLinearVariant"),
     "bias": (lambda model: adapt(model, lora_bias=True), UnsupportedError, "lora_bias"),
     "two adapters": (_two, UnsupportedError, "expected one, named default"),
     "embeddings": (_embeddings, UnsupportedError, "can carry"),
