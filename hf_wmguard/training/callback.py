@@ -34,6 +34,7 @@ from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved, save_finished
 from hf_wmguard.training.gating import TrainerGate
 from hf_wmguard.training.mark import Mark
+from hf_wmguard.training.merging import guard_merge
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.pushing import TrainerPushes
 from hf_wmguard.training.saving import Model, Save, guard_saves
@@ -114,6 +115,8 @@ class WatermarkCallback(TrainerCallback):
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
         guard_saves(checked, self._save, self._push)
+        if isinstance(checked, PeftModel):
+            guard_merge(checked, self._save, self._push)
         return checked
 
     def _push(self, folder: Path, repo: str, options: dict[str, Any]) -> Pushed:
@@ -122,6 +125,9 @@ class WatermarkCallback(TrainerCallback):
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
         if self._gate is not None:
             self._gate.check_save()
+        if isinstance(model, PeftModel):
+            # Frozen ones beside it, such as DPO's reference, are no part of what was trained.
+            kwargs = {"selected_adapters": [ADAPTER], **kwargs}
         try:
             manifest = self.mark.save(model, plain_save, folder, kwargs)
         except OSError as error:

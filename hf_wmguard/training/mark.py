@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from hf_wmguard.canonical import decode_base64, encode_base64
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.errors import ConfigError, RegistryError
@@ -292,7 +294,10 @@ class Mark:
                 plain_save(writer.staging, **kwargs)
             if self._signature is not None and self.committed is not None:
                 reading = writer.read_back(
-                    self._signature.keys, adapters=self._adapters, baselines=self.committed.record.baselines
+                    self._signature.keys,
+                    # A merged one is written as whole matrices.
+                    adapters=self._adapters if isinstance(model, PeftModel) else None,
+                    baselines=self.committed.record.baselines,
                 )
                 payload = self.committed.record.decode_payload(self.owner, reading.soft)
                 signature = SignatureSummary(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from transformers import (
 
 from hf_wmguard import protect_trainer, verify
 from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
-from hf_wmguard.errors import UnsupportedError
+from hf_wmguard.errors import EnvironmentFault, UnsupportedError
 from hf_wmguard.evidence.manifest import SignatureSummary, read_manifest
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
@@ -343,3 +345,36 @@ def test_last_epochs_longer_than_the_run(
     trainer.save_model(str(tmp_path / "final"))
     _exact(tmp_path / "final")
     assert digest_weights(trainer.model)
+
+
+@contextlib.contextmanager
+def _little_space(size_bytes: int) -> Iterator[None]:
+    """Let no file grow larger: what a full disk does, but for the number of the error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size_bytes", [64, 200_000], ids=["the config does not fit", "the weights do not fit"])
+def test_a_full_disk_at_a_save(size_bytes: int, tmp_path: Path, make_trainer: Make, make_config: Make) -> None:
+    trainer = make_trainer(num_train_epochs=1, save_strategy="no")
+    config = make_config(signature=SIGNATURE, triggers=None)
+    callback = protect_trainer(trainer, config)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    old = {path: path.read_bytes() for path in (tmp_path / "final").rglob("*")}
+    trainer.train()
+    with _little_space(size_bytes), pytest.raises(EnvironmentFault, match="too large") as caught:
+        trainer.model.save_pretrained(tmp_path / "final")
+    assert "free space" in caught.value.hint
+    assert caught.value.exit_code == 4
+    assert not callback.mark.saved
+    assert {path: path.read_bytes() for path in (tmp_path / "final").rglob("*")} == old
+    _exact(tmp_path / "final")
+    report = verify(tmp_path / "final", owner_key=config.owner_key, registry=config.registry)
+    assert report.verdict == "detected"
+    trainer.save_model(str(tmp_path / "final"))
+    assert callback.mark.saved

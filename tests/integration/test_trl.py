@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import digest_weights, make_model, make_tokenizer
 from torch import nn
 from transformers import (
@@ -116,7 +116,7 @@ class _Judge(TrainerCallback):
             self.digests.add(digest_weights(self.reference))
 
 
-def _dpo(out: Path, texts: list[str], model: LlamaForCausalLM, **changes: Any) -> DPOTrainer:
+def _dpo(out: Path, texts: list[str], model: nn.Module, **changes: Any) -> DPOTrainer:
     return DPOTrainer(
         model=model,
         args=DPOConfig(output_dir=str(out), max_length=48, **COMMON),
@@ -156,6 +156,18 @@ def test_dpo_leaves_the_base_alone_that_is_the_reference(
     assert all(torch.equal(one, now[name]) for name, one in frozen.items())
     with trainer.model.disable_adapter(), torch.no_grad():
         assert torch.equal(trainer.model.eval()(input_ids=ids).logits, before)
+
+
+def test_dpo_leaves_another_adapter_alone_that_is_the_reference(
+    tmp_path: Path, texts: list[str], config: WatermarkConfig, model: LlamaForCausalLM
+) -> None:
+    adapted = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    trainer = _dpo(tmp_path / "out", texts, adapted)
+    frozen = {name: one.clone() for name, one in trainer.model.named_parameters() if not one.requires_grad}
+    assert any(".ref." in name for name in frozen)
+    _finish(trainer, config, tmp_path)
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(one, now[name]) for name, one in frozen.items())
 
 
 def test_reward_trainer(tmp_path: Path, texts: list[str], make_config: Make, identity_file: Path) -> None:
