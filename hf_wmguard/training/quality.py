@@ -61,7 +61,7 @@ class QualityGate:
         if self._config.on_breach == "stop":
             raise QualityError(
                 f"{text}: the marked model is not saved",
-                hint="lower signature.budget or raise triggers.every_n_steps and resume from the last checkpoint; "
+                hint="start a new run with a lower signature.budget or a larger triggers.every_n_steps; "
                 "quality.on_breach: warn saves it all the same",
             )
         _logger.warning("%s; it is saved all the same, as quality.on_breach says", text)
@@ -104,7 +104,8 @@ def measure_with(trainer: Any, metric: str) -> float:
     if trainer.eval_dataset is None:
         raise ConfigError("quality needs data to evaluate on", hint="pass eval_dataset to the Trainer")
     name = metric.removeprefix("eval_")
-    with torch.random.fork_rng():
+    device = trainer.args.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         found = trainer.evaluation_loop(
             trainer.get_eval_dataloader(),
             description="quality",

@@ -64,4 +64,5 @@ class Rescaled:
         Args:
             directions: V after the move, float32 [rows, columns].
         """
-        return self.factors[:, 0] * directions.norm(dim=1)
+        lengths: Tensor = self.factors[:, 0] * directions.norm(dim=1)
+        return lengths
