@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
+    from hf_wmguard.config import ProtectionConfig, QualityConfig, SignatureConfig, TriggerConfig, WatermarkConfig
     from hf_wmguard.embedding import Embedded, embed, embed_folder
     from hf_wmguard.errors import WmguardError
     from hf_wmguard.loading import load_protected
@@ -36,6 +36,7 @@ _EXPORTS = {
     "Guard": "hf_wmguard.training",
     "Protected": "hf_wmguard.protection",
     "ProtectionConfig": "hf_wmguard.config",
+    "QualityConfig": "hf_wmguard.config",
     "Report": "hf_wmguard.reports",
     "SignatureConfig": "hf_wmguard.config",
     "TriggerConfig": "hf_wmguard.config",
@@ -55,6 +56,7 @@ __all__ = [
     "Guard",
     "Protected",
     "ProtectionConfig",
+    "QualityConfig",
     "Report",
     "SignatureConfig",
     "TriggerConfig",

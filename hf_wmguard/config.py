@@ -207,6 +207,32 @@ class ProtectionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QualityConfig:
+    """What marking may cost, measured on the Trainer's evaluation data before the marked phase and after it.
+
+    Args:
+        metric: ``loss``, ``perplexity``, ``accuracy``, or a name that ``compute_metrics`` gives.
+        tolerance: How much worse it may become, as a share of what it was.
+        greater_is_better: None: by its name, as a loss, a perplexity or an error rate, or not.
+        on_breach: ``stop`` (the finished model is not saved, with the numbers) or ``warn`` (it is).
+        spike: A training loss above so many times the recent ones pauses the mark until it has come down.
+    """
+
+    metric: str = "loss"
+    tolerance: float = 0.01
+    greater_is_better: bool | None = None
+    on_breach: Literal["stop", "warn"] = "stop"
+    spike: float = 2.0
+
+    def __post_init__(self) -> None:
+        _settle(self, "quality")
+        _require(bool(self.metric), "quality.metric", self.metric, "expected the name of a metric; loss is usual")
+        _require(0 <= self.tolerance <= 1, "quality.tolerance", self.tolerance, "expected 0 to 1; 0.01 is usual")
+        _require(self.on_breach in ("stop", "warn"), "quality.on_breach", self.on_breach, "expected stop or warn")
+        _require(1 < self.spike < math.inf, "quality.spike", self.spike, "expected more than 1; 2 is usual")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WatermarkConfig:
     """Everything the callback needs. ``signature=None`` or ``triggers=None`` switches that channel off.
 
@@ -215,6 +241,7 @@ class WatermarkConfig:
         owner_key: Reference to the owner key: ``file:PATH`` or ``env:NAME``.
         registry: Folder of the registry; it is made when missing.
         iteration: Which training of this model, for example ``3``.
+        quality: What marking may cost; None measures nothing.
 
     Raises:
         ConfigError: A value out of range, of the wrong type, or a name that does not exist.
@@ -227,6 +254,7 @@ class WatermarkConfig:
     signature: SignatureConfig | None = field(default_factory=SignatureConfig)
     triggers: TriggerConfig | None = field(default_factory=TriggerConfig)
     protection: ProtectionConfig = field(default_factory=ProtectionConfig)
+    quality: QualityConfig | None = None
 
     def __post_init__(self) -> None:
         _settle(self, "config")

@@ -4,6 +4,7 @@
     ├── UsageError                      2   something the caller can put right in the call
     │   ├── ConfigError                 2   a setting, or a reference to a key, that cannot be right
     │   ├── CapacityError               2   the model is too small for the payload at this budget
+    │   ├── QualityError                2   the mark costs more than the config allows
     │   └── UnsupportedError            2   a model or a training mode in which the promises cannot be kept
     ├── IntegrityError                  3   something is not what it claims to be
     │   ├── KeyFormatError              3   a key file of the wrong length or kind
@@ -46,6 +47,7 @@ __all__ = [
     "NonFiniteWeightError",
     "NotFoundError",
     "OwnershipError",
+    "QualityError",
     "RegistryError",
     "StoreError",
     "TranscriptError",
@@ -87,6 +89,10 @@ class ConfigError(UsageError):
 
 class CapacityError(UsageError):
     """The model is too small for the payload at this budget."""
+
+
+class QualityError(UsageError):
+    """A marked model that is worse than the config allows."""
 
 
 class UnsupportedError(UsageError):

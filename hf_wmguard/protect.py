@@ -43,9 +43,10 @@ from hf_wmguard.suspects.tensors import Encoded
 from hf_wmguard.watermark.baseline import Baseline
 from hf_wmguard.watermark.carriers import Tile, select_carriers
 from hf_wmguard.watermark.lowrank import adapter_projections
+from hf_wmguard.watermark.magnitude import Rescaled
 from hf_wmguard.watermark.payload import MIN_CODE_BITS
 from hf_wmguard.watermark.record import SALT_BYTES, WatermarkRecord, carrier_stream
-from hf_wmguard.watermark.signature import CarrierKey, Reading, read_signature
+from hf_wmguard.watermark.signature import CarrierKey, Reading, project, read_signature
 from hf_wmguard.watermark.triggers import TriggerSet
 
 State = Literal["pending", "ramping", "complete"]
@@ -90,11 +91,16 @@ class SavedAdapter:
         down: Name of A [rank, columns].
         up: Name of B [rows, rank].
         scaling: Factor s of s B A.
+        magnitude: With DoRA, name of m [rows].
+        base: With DoRA, returns rows of the matrix without its adapter: first row, number of rows. A save of the
+            adapter does not hold them, and they do not change in training.
     """
 
     down: str
     up: str
     scaling: float
+    magnitude: str | None = None
+    base: Callable[[int, int], Tensor] | None = None
 
 
 def new_record(
@@ -348,6 +354,10 @@ def _read_adapter(written: Encrypted, adapter: SavedAdapter, key: CarrierKey, ba
         return None
     down = written.rows(adapter.down, 0, shapes[adapter.down][0])
     up = written.rows(adapter.up, carrier.row_start, carrier.rows)
+    if adapter.magnitude is not None and adapter.base is not None:
+        base = adapter.base(carrier.row_start, carrier.rows)
+        lengths = written.rows(adapter.magnitude, carrier.row_start, carrier.rows)
+        return project(Rescaled.of(base, down, up, adapter.scaling, lengths).weights, key)
     return baseline.projections_of(key) + adapter_projections(down, up, adapter.scaling, key)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.protect import SavedAdapter
 from hf_wmguard.watermark.carriers import is_carrier
 from hf_wmguard.watermark.lowrank import Reach, adapter_projections, row_space
+from hf_wmguard.watermark.magnitude import Rescaled
 from hf_wmguard.watermark.rounding import CARRYING_DTYPES, add_rounded_
 from hf_wmguard.watermark.signature import CarrierKey, change_norm, move_, project
 
@@ -129,13 +132,14 @@ class WholeParameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Adapter:
-    """One adapted matrix: W0 of ``module``, with A ``down``, B ``up`` and s ``scaling`` beside it."""
+    """One adapted matrix: W0 of ``module``, with A ``down``, B ``up`` and s ``scaling`` beside it, and DoRA's m."""
 
     module: Any
     down: nn.Parameter
     up: nn.Parameter
     scaling: float
     saved: SavedAdapter
+    magnitude: nn.Parameter | None = None
 
 
 class LoraParameters:
@@ -170,7 +174,10 @@ class LoraParameters:
         return {name: (one.down.shape[0], row_space(one.down)) for name, one in self._adapters.items()}
 
     def saved(self) -> Mapping[str, SavedAdapter]:
-        return {name: one.saved for name, one in self._adapters.items()}
+        return {
+            name: one.saved if one.magnitude is None else replace(one.saved, base=partial(self.read, name))
+            for name, one in self._adapters.items()
+        }
 
     def read(self, name: str, row_start: int, rows: int) -> Tensor:
         base = self._adapters[name].module.base_layer
@@ -184,6 +191,8 @@ class LoraParameters:
     def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
         # The frozen matrix says what it said at the commitment: it is not dequantized at every step.
         adapter = self._adapters[key.carrier.name]
+        if adapter.magnitude is not None:
+            return project(self._rescaled(adapter, key).weights, key)
         return committed + adapter_projections(adapter.down, _rows(adapter, key), adapter.scaling, key)
 
     def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
@@ -201,7 +210,15 @@ class LoraParameters:
                 reach.lost,
                 key.carrier.sides[1],
             )
-        add_rounded_(_rows(adapter, key), reach.change(key, shift, adapter.scaling), generator)
+        change = reach.change(key, shift, adapter.scaling)
+        if adapter.magnitude is None:
+            add_rounded_(_rows(adapter, key), change, generator)
+            return
+        before = self._rescaled(adapter, key)
+        add_rounded_(_rows(adapter, key), before.change(change), generator)
+        # Of B as it was rounded.
+        lengths = before.magnitude(self._rescaled(adapter, key).directions)
+        _magnitude_rows(adapter, key).copy_(lengths)
 
     def settle(self) -> None:
         """Do nothing: they are the same."""
@@ -212,11 +229,26 @@ class LoraParameters:
     def add_gradient(self, key: CarrierKey, gradient: Tensor) -> None:
         adapter = self._adapters[key.carrier.name]
         right = adapter.down.detach().float() @ key.right
-        _add_to_grad(adapter.up, key, adapter.scaling * (key.left @ gradient.float() @ right.T))
+        left = key.left @ gradient.float()
+        if adapter.magnitude is not None:
+            # As in DoRA's own backward, the rows' norms count as constant.
+            left = self._rescaled(adapter, key).factors * left
+        _add_to_grad(adapter.up, key, adapter.scaling * (left @ right.T))
+
+    def _rescaled(self, adapter: _Adapter, key: CarrierKey) -> Rescaled:
+        carrier = key.carrier
+        base = self.read(carrier.name, carrier.row_start, carrier.rows).to(adapter.up.device)
+        return Rescaled.of(base, adapter.down, _rows(adapter, key), adapter.scaling, _magnitude_rows(adapter, key))
 
 
 def _rows(adapter: _Adapter, key: CarrierKey) -> Tensor:
     return adapter.up.data[key.carrier.row_start : key.carrier.row_start + key.carrier.rows]
+
+
+def _magnitude_rows(adapter: _Adapter, key: CarrierKey) -> Tensor:
+    magnitude: Any = adapter.magnitude
+    rows: Tensor = magnitude.data[key.carrier.row_start : key.carrier.row_start + key.carrier.rows]
+    return rows
 
 
 def _add_to_grad(parameter: nn.Parameter, key: CarrierKey, gradient: Tensor) -> None:
@@ -237,8 +269,14 @@ def _adapter(path: str, layer: Any) -> _Adapter:
         down=f"{path}.lora_A.weight",
         up=f"{path}.lora_B.weight",
         scaling=float(layer.scaling[ADAPTER]),
+        magnitude=f"{path}.lora_magnitude_vector" if _is_dora(layer) else None,
     )
-    return _Adapter(module=layer, down=down, up=up, scaling=saved.scaling, saved=saved)
+    magnitude = layer.lora_magnitude_vector[ADAPTER].weight if _is_dora(layer) else None
+    return _Adapter(module=layer, down=down, up=up, scaling=saved.scaling, saved=saved, magnitude=magnitude)
+
+
+def _is_dora(layer: Any) -> bool:
+    return isinstance(layer.lora_variant.get(ADAPTER), DoraLinearVariant)
 
 
 def check_dtype(name: str, parameter: Tensor) -> None:
@@ -255,15 +293,19 @@ def check_dtype(name: str, parameter: Tensor) -> None:
 
 
 def check_layer(path: str, layer: Any) -> None:
-    """Refuse an adapted layer whose merged weight is not W0 + s B A.
+    """Refuse an adapted layer whose merged weight is neither W0 + s B A nor, with DoRA, its rows rescaled.
 
     Raises:
-        UnsupportedError: DoRA or another variant, a bias of its own, a transposed or convolutional layer, merged.
+        UnsupportedError: Another variant, a bias of its own, a transposed or convolutional layer, merged.
     """
     variant = getattr(layer, "lora_variant", {}).get(ADAPTER)
     kind = type(layer).__name__
     refused: list[tuple[Any, str, str]] = [
-        (variant is not None, f"LoRA variant {type(variant).__name__}", "use plain LoRA (use_dora=False)"),
+        (
+            variant is not None and not _is_dora(layer),
+            f"LoRA variant {type(variant).__name__}",
+            "use plain LoRA or DoRA",
+        ),
         (layer.lora_bias.get(ADAPTER), "lora_bias", "set lora_bias=False"),
         (getattr(layer, "fan_in_fan_out", False), "fan_in_fan_out (Conv1D)", "train such a model without an adapter"),
         (kind in ("ParamWrapper", "MultiheadAttention"), kind, "adapt linear layers only, not target_parameters"),

@@ -25,7 +25,7 @@ from hf_wmguard.container.owner import load_owner
 from hf_wmguard.container.recipients import X25519Identity, load_recipient, seal_recipients
 from hf_wmguard.delivery.checking import check_place
 from hf_wmguard.delivery.results import Pushed
-from hf_wmguard.errors import ManifestError, UnsavedRunError, UnsupportedError, UsageError
+from hf_wmguard.errors import EnvironmentFault, ManifestError, UnsavedRunError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.loading import read_state_dict
@@ -33,12 +33,15 @@ from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved, save_finished
 from hf_wmguard.training.distributed import check_parallelism, join_saves, refuse_states
+from hf_wmguard.training.gating import TrainerGate
 from hf_wmguard.training.mark import Mark
+from hf_wmguard.training.merging import guard_merge
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.pushing import TrainerPushes
 from hf_wmguard.training.saving import Model, Save, guard_saves
 from hf_wmguard.training.sharded import is_sharded, load_whole
 from hf_wmguard.training.support import check_arguments, check_model
+from hf_wmguard.training.swapping import swapped, watch_saves
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ class WatermarkCallback(TrainerCallback):
         self._holding = False
         self._optimizer = OptimizerGuard(self.mark.owner, hide_names=config.protection.hide_names)
         self._trainer: Trainer | None = None
+        self._gate: TrainerGate | None = None
+        self._begun: Any = None
         self._logging = False
 
     def attach(self, trainer: Trainer) -> None:
@@ -79,9 +84,13 @@ class WatermarkCallback(TrainerCallback):
 
         Raises:
             ExposureError, StoreError: It pushes to a repo that is public, or that cannot be reached.
+            ConfigError: Quality is asked for, and there is no data to measure it on.
         """
+        if self.config.quality is not None:
+            self._gate = TrainerGate(self.config.quality, trainer)
         pushes = TrainerPushes(trainer, self.config.protection, lambda: self.mark.saved)
         pushes.attach()
+        watch_saves(trainer)
         self._trainer, self._pushes = trainer, pushes
         self._guard(trainer.model)
 
@@ -109,13 +118,26 @@ class WatermarkCallback(TrainerCallback):
     def _guard(self, model: Any) -> Model:
         checked = check_model(model)
         guard_saves(checked, self._save, self._push)
+        if isinstance(checked, PeftModel):
+            guard_merge(checked, self._save, self._push)
         return checked
 
     def _push(self, folder: Path, repo: str, options: dict[str, Any]) -> Pushed:
         return push_saved(folder, repo, options, allow_public=self.config.protection.allow_public)
 
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
-        manifest = self.mark.save(model, plain_save, folder, kwargs)
+        if self._gate is not None:
+            self._gate.check_save()
+        if isinstance(model, PeftModel):
+            # Frozen ones beside it, such as DPO's reference, are no part of what was trained.
+            kwargs = {"selected_adapters": [ADAPTER], **kwargs}
+        try:
+            manifest = self.mark.save(model, plain_save, folder, kwargs)
+        except OSError as error:
+            # From transformers, which writes the config; what we write ourselves is named where it is written.
+            raise EnvironmentFault(
+                f"cannot save into {folder}: {error.strerror or error}", hint="check free space and permissions"
+            ) from error
         if manifest is not None and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
             self._optimizer.follow(folder, manifest)
 
@@ -151,7 +173,12 @@ class WatermarkCallback(TrainerCallback):
         if self._trainer is not None:
             check_parallelism(self._trainer, self.config)
             refuse_states(self._trainer)
-        model = self._guard(kwargs["model"])
+        if self.config.quality is not None and self._gate is None:
+            raise UnsupportedError(
+                "quality beside a bare callback, which cannot have its Trainer evaluate",
+                hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
+            )
+        model = self._begun = self._guard(kwargs["model"])
         self._optimizer.guard(kwargs.get("optimizer"))
         out, finished = Path(str(args.output_dir)), self._finished_folder(args)
         for folder in [out, *out.glob("checkpoint-*")] + ([finished] if finished else []):
@@ -168,6 +195,8 @@ class WatermarkCallback(TrainerCallback):
             step=state.global_step,
             data=kwargs.get("train_dataloader"),
         )
+        if self._gate is not None:
+            self.mark.paused = self._gate.begin(state, self.mark.first)
         # Once, however often this trainer trains.
         atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
@@ -175,8 +204,10 @@ class WatermarkCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the triggers' gradient, before the ordinary forward and backward."""
-        self.mark.before_step(kwargs["model"])
+        """Measure quality before the marked phase; add the triggers' gradient, before the ordinary one."""
+        if self._gate is not None:
+            self._gate.before_step(state, self.mark.first)
+        self.mark.before_step(kwargs["model"], kwargs.get("optimizer"))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -205,6 +236,8 @@ class WatermarkCallback(TrainerCallback):
         """Log the watermark's metrics wherever the loss is logged."""
         if self._logging or "loss" not in (logs or {}):
             return
+        if self._gate is not None:
+            self._pause(self._gate.is_jump(logs, self.mark.paused))
         metrics = self.mark.metrics()
         if not metrics:
             return
@@ -218,6 +251,11 @@ class WatermarkCallback(TrainerCallback):
         finally:
             self._logging = False
 
+    def _pause(self, jumped: bool) -> None:
+        if jumped != self.mark.paused:
+            _logger.warning("the training loss has %s", "jumped: the mark waits" if jumped else "come down: it goes on")
+        self.mark.paused = jumped
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -225,8 +263,15 @@ class WatermarkCallback(TrainerCallback):
         if self._holding:
             release()
             self._holding = False
+        if kwargs["model"] is not self._begun:
+            raise swapped(kwargs["model"])
+        if self._gate is not None:
+            # A run that was cut short before its marked phase: the mark is put in now.
+            self._gate.before_step(state, first=0)
         self.mark.finish()
         self.mark.check_ranks(kwargs["model"])
+        if self._gate is not None:
+            self._gate.finish()
         finished = self._finished_folder(args)
         if finished is not None:
             with self.mark.ranks.together(f"saving {finished}"):
@@ -264,7 +309,7 @@ class WatermarkCallback(TrainerCallback):
         )
 
     def _report_unsaved(self) -> None:
-        if not self.mark.saved:
+        if not self.mark.saved and not (self._gate is not None and self._gate.is_breached):
             error = self._unsaved()
             print(f"error: {type(error).__name__}: {error.message}\nhint: {error.hint}", file=sys.stderr)
 
@@ -290,6 +335,7 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
         UsageError: The Trainer is guarded already.
         UnsupportedError: A model or mode in which the promises cannot be kept; nothing has been changed.
         ExposureError, StoreError: It pushes to a Hub repo that is public, or that cannot be reached; likewise.
+        ConfigError: ``quality`` without data to evaluate on; likewise.
     """
     if any(isinstance(other, WatermarkCallback) for other in trainer.callback_handler.callbacks):
         raise UsageError(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
 from hf_wmguard.canonical import decode_base64, encode_base64
 from hf_wmguard.config import WatermarkConfig
-from hf_wmguard.errors import ConfigError, RegistryError
+from hf_wmguard.errors import ConfigError
 from hf_wmguard.evidence.manifest import Manifest, SignatureSummary, TriggerSummary, read_manifest
 from hf_wmguard.evidence.registry import Registry
 from hf_wmguard.keys import OwnerKey
@@ -30,10 +32,12 @@ from hf_wmguard.protect import (
     registry_body,
 )
 from hf_wmguard.training.backends import ParameterBackend
+from hf_wmguard.training.commitments import find_committed
+from hf_wmguard.training.loss_scale import scale_of, was_skipped
 from hf_wmguard.training.outcome import report_save
 from hf_wmguard.training.ranks import Ranks, check_equal
 from hf_wmguard.training.saving import Model, Save, inner_model, send_parts, weights_go_to
-from hf_wmguard.training.schedule import Phase
+from hf_wmguard.training.schedule import Phase, last_epochs
 from hf_wmguard.training.sharded import backend_of, is_sharded
 from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_finite
@@ -67,6 +71,9 @@ class Mark:
         self._step = 0
         self._resumed_from: Manifest | None = None
         self.ranks = Ranks()
+        self._model: weakref.ref[Model] | None = None
+        self.paused = False
+        """While set, nothing moves before the ramp's end."""
 
     def begin(
         self,
@@ -96,15 +103,22 @@ class Mark:
         self.ranks = Ranks.current()
         self._tokenizer, self._step = tokenizer, step
         self._saved_step, self._triggered_step, self._finished = None, 0, False
+        self._signature, self._triggers, self.paused = None, None, False
         with self.ranks.together("checking the model"):
             check_finite(dict(model.named_parameters()))
             backend = backend_of(model) if self.config.signature is not None else None
+        if self._model is not None and self._model() is not model:
+            # Made anew (model_init): what was committed to before is another model's.
+            self.committed = None
+        if not step:
+            self._resumed_from = None
+        self._model = weakref.ref(model)
         if self.committed is None:
             self.committed = self._agree(model, backend, getattr(data, "dataset", None))
         record = self.committed.record
         device = next(model.parameters()).device
         if self.config.signature is not None and backend is not None:
-            phase = Phase.last(self.config.signature.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+            phase = last_epochs("signature", self.config.signature.last_epochs, max_steps, steps_per_epoch)
             keys = tuple(key.to(device) for key in record.carrier_keys(self.owner))
             before = [baseline.projections_of(key) for key, baseline in zip(keys, record.baselines, strict=True)]
             rounding_key = self.owner.derive(
@@ -120,7 +134,7 @@ class Mark:
         if self.config.triggers is not None and record.triggers is not None:
             triggers = self.config.triggers
             phase = (
-                Phase.last(triggers.last_epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
+                last_epochs("triggers", triggers.last_epochs, max_steps, steps_per_epoch)
                 if triggers.start is None
                 else Phase(start=int(triggers.start * max_steps), end=max_steps)
             )
@@ -148,7 +162,9 @@ class Mark:
         return committed
 
     def _fix(self, planned: WatermarkRecord) -> Committed:
-        return self._find(planned) if self._step else self._commit(planned)
+        if self._step:
+            return find_committed(self.owner, self.config, planned, step=self._step, resumed_from=self._resumed_from)
+        return self._commit(planned)
 
     def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any, salt: bytes) -> WatermarkRecord:
         plan = partial(new_record, self.owner, self.config, salt=salt)
@@ -169,32 +185,6 @@ class Mark:
         _logger.info("committed to the watermark of %s: %s", self.config.model_id, committed.entry.hash)
         return committed
 
-    def _find(self, planned: WatermarkRecord) -> Committed:
-        registry = Registry(Path(self.config.registry), self.owner)
-        if self._resumed_from is not None and self._resumed_from.commitment is not None:
-            entry = registry.find(self._resumed_from.commitment)
-        else:
-            entries = [
-                e
-                for e in registry.commitments(self.config.model_id)
-                if e.body.get("iteration") == self.config.iteration
-            ]
-            if not entries:
-                raise RegistryError(
-                    f"resuming at step {self._step}, but {self.config.registry} has no commitment of "
-                    f"{self.config.model_id} {self.config.iteration}",
-                    hint="use the first run's registry; a run that began without hf-wmguard cannot be marked halfway: "
-                    "start a new run from its weights",
-                )
-            entry = entries[-1]
-        committed = Committed.from_entry(entry)
-        if not committed.record.same_scheme(planned):
-            raise ConfigError(
-                f"resuming with another model, signature or trigger setting than committed to in {entry.hash}",
-                hint="restore the first run's config, or start a new run with another iteration",
-            )
-        return committed
-
     def resumed_from(self, folder: Path) -> None:
         """Note the protected checkpoint that the model's weights were just read from."""
         self._resumed_from, _ = read_manifest(folder, signer=self.owner.signing_key().public_key())
@@ -208,7 +198,7 @@ class Mark:
             sealed = decode_base64(manifest.sealed_state, "sealed state")
             signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
 
-    def before_step(self, model: Model) -> bool:
+    def before_step(self, model: Model, optimizer: Any = None) -> bool:
         """Add the triggers' gradient to those of the coming optimizer step, where that is their form.
 
         Returns:
@@ -218,22 +208,25 @@ class Mark:
         # Data without a length can end inside an accumulation: the step then begins twice, its triggers come once.
         if triggers is None or triggers.is_decoupled or not triggers.due(coming) or self._triggered_step == coming:
             return False
+        if self.paused:
+            return False
         self._triggered_step = coming
-        triggers.add_gradient(inner_model(model), coming)
+        triggers.add_gradient(inner_model(model), coming, scale=scale_of(optimizer))
         return True
 
     def before_optimizer(self) -> None:
         """Add the signature's gradient to those of the coming optimizer step."""
-        if self._signature is not None:
+        if self._signature is not None and not self.paused:
             self._signature.before_optimizer(self._step + 1)
 
     def after_step(self, model: Model, optimizer: Any = None) -> None:
         """Take the trigger step and the signature step that follow an optimizer step."""
         self._step += 1
-        if self._triggers is not None and self._triggers.is_decoupled and self._triggers.due(self._step):
-            self._triggers.run(inner_model(model), self._step, optimizer)
+        rests, triggers = self.paused or was_skipped(optimizer), self._triggers
+        if triggers is not None and triggers.is_decoupled and triggers.due(self._step) and not rests:
+            triggers.run(inner_model(model), self._step, optimizer, scale=scale_of(optimizer))
         if self._signature is not None:
-            self._signature.after_optimizer(self._step)
+            self._signature.after_optimizer(self._step, rests=rests)
 
     def skip_step(self) -> None:
         """Count an optimizer step that a loss scaler skipped. Nothing moves; the steps after it make up for it."""
@@ -251,8 +244,16 @@ class Mark:
         _logger.info("last step to the lattice: relative weight change %.2g, at the end of training %.2g", last, rest)
         if early:
             _logger.warning(
-                "training ended inside the ramp: the rest of the mark was embedded at once (weight change %.2g)", rest
+                "training ended before the ramp did: the rest of the mark was embedded at once (weight change %.2g)",
+                rest,
             )
+
+    @property
+    def first(self) -> int:
+        """Optimizer steps before the marked phase; once `begin` has run."""
+        phases = [self._signature.ramp.phase] if self._signature is not None else []
+        phases += [self._triggers.phase] if self._triggers is not None else []
+        return min(phase.start for phase in phases)
 
     @property
     def step(self) -> int:
@@ -324,7 +325,7 @@ class Mark:
             with together():
                 triggers = self._trigger_summary(model)
             with together():
-                manifest = self._finish_save(writer, triggers)
+                manifest = self._finish_save(model, writer, triggers)
                 if manifest.state == "complete":
                     Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))
                     self._note_saved()
@@ -347,12 +348,15 @@ class Mark:
         if self.state == "complete":
             self._saved_step = self._step
 
-    def _finish_save(self, writer: ProtectedWriter, triggers: TriggerSummary | None) -> Manifest:
+    def _finish_save(self, model: Model, writer: ProtectedWriter, triggers: TriggerSummary | None) -> Manifest:
         """Judge what was written, and sign the verdict."""
         signature, sealed = None, None
         if self._signature is not None and self.committed is not None:
             reading = writer.read_back(
-                self._signature.keys, adapters=self._adapters, baselines=self.committed.record.baselines
+                self._signature.keys,
+                # A merged one is written as whole matrices.
+                adapters=self._adapters if isinstance(model, PeftModel) else None,
+                baselines=self.committed.record.baselines,
             )
             payload = self.committed.record.decode_payload(self.owner, reading.soft)
             signature = SignatureSummary(

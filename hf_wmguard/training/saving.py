@@ -161,6 +161,11 @@ class _GuardedPush:
         )
 
 
+def is_guarded(model: Any) -> bool:
+    """Return whether saves of this model, and not just of one around it, are ciphertext."""
+    return isinstance(vars(model).get("save_pretrained"), _GuardedSave)
+
+
 class _RefusedSave:
     """What stands where ``save_pretrained`` and ``push_to_hub`` were on a model inside a guarded one."""
 

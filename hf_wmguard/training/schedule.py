@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
+_logger = logging.getLogger(__name__)
 State = Literal["pending", "ramping", "complete"]
 
 
@@ -40,6 +42,18 @@ class Phase:
     def contains(self, step: int) -> bool:
         """Return whether a step lies in the phase."""
         return self.start < step <= self.end
+
+
+def last_epochs(channel: str, epochs: float, max_steps: int, steps_per_epoch: int | None) -> Phase:
+    """Return the phase of the last epochs, as `Phase.last`; warn where that is more than the whole run."""
+    if epochs * (steps_per_epoch or max_steps) > max_steps:
+        _logger.warning(
+            "%s.last_epochs is %g, longer than this run of %d steps: the mark is brought in from the first step",
+            channel,
+            epochs,
+            max_steps,
+        )
+    return Phase.last(epochs, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,13 +68,16 @@ class SignatureStep:
         for key, projections in zip(self.keys, self._projections, strict=True):
             self._backend.add_gradient(key, loss_gradient(projections, key) * (self._strength / total))
 
-    def after_optimizer(self, step: int) -> None:
+    def after_optimizer(self, step: int, *, rests: bool = False) -> None:
         """Move the carriers by the share of the remaining way that belongs to optimizer step ``step``.
 
+        Args:
+            step: Optimizer steps done.
+            rests: Move nothing before the ramp's end; the steps after this one make up for it.
         Raises:
             NonFiniteWeightError: A weight is NaN or Inf.
         """
-        if self.ramp.strength(step) > 0 and (step >= self.ramp.full or not self._by_gradient):
+        if self.ramp.strength(step) > 0 and (step >= self.ramp.full or not (self._by_gradient or rests)):
             self.run(self.ramp.strength(step), step)
 
     @torch.no_grad()

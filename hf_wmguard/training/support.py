@@ -62,11 +62,19 @@ def check_model(model: nn.Module | None) -> Model:
 
 def _check_adapters(model: PeftModel) -> None:
     """Refuse the kinds of adapters whose saves or whose weights this version cannot follow."""
-    if list(model.peft_config) != [ADAPTER]:
+    if ADAPTER not in model.peft_config or list(model.active_adapters) != [ADAPTER]:
         raise UnsupportedError(
-            f"model has adapters {', '.join(model.peft_config)}, expected one, named {ADAPTER}",
-            hint="merge the others first, or train in a process of their own",
+            f"of the adapters {', '.join(model.peft_config)}, {', '.join(model.active_adapters)} is active, "
+            f"expected one, named {ADAPTER}",
+            hint=f"load what is trained with adapter_name={ADAPTER!r} and call model.set_adapter({ADAPTER!r})",
         )
+    others = [f".{name}." for name in model.peft_config if name != ADAPTER]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and any(other in name for other in others):
+            raise UnsupportedError(
+                f"{name} is trained beside the adapter named {ADAPTER}, which alone is marked and saved",
+                hint="freeze the other adapters, or train them in a process of their own",
+            )
     kind = model.peft_config[ADAPTER].peft_type
     if kind != PeftType.LORA:
         raise UnsupportedError(
@@ -100,7 +108,6 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
             "DeepSpeed or FSDP beside a bare callback, which cannot tell what they write",
             "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         ),
-        (args.fp16, "fp16 loss scaling", "use bf16=True or full precision"),
         (
             args.push_to_hub and not attached,
             "push_to_hub beside a bare callback, which cannot reach the Trainer's pushes",

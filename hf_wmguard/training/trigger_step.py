@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_wmguard.config import TriggerConfig
 from hf_wmguard.errors import NonFiniteWeightError
 from hf_wmguard.probing.tasks import task_of
+from hf_wmguard.training.loss_scale import unscale_
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_move import Moments, descend, moments_of, peak_rate
@@ -75,18 +76,19 @@ class TriggerStep:
         """Return whether a trigger micro-batch comes with optimizer step ``step`` (counted from 1)."""
         return self.phase.contains(step) and (step - self.phase.start - 1) % self._config.every_n_steps == 0
 
-    def add_gradient(self, model: nn.Module, step: int) -> None:
+    def add_gradient(self, model: nn.Module, step: int, *, scale: float = 1.0) -> None:
         """Add the gradient of one trigger micro-batch: the gradient form.
 
         Args:
             model: The model.
             step: The optimizer step that comes next, counted from 1.
+            scale: By which the ordinary loss is scaled; all is unscaled together.
         Raises:
             NonFiniteWeightError: The loss is not finite.
         """
-        self._backward(model, step, self._config.weight)
+        self._backward(model, step, self._config.weight * scale)
 
-    def run(self, model: nn.Module, step: int, optimizer: Any = None) -> None:
+    def run(self, model: nn.Module, step: int, optimizer: Any = None, *, scale: float = 1.0) -> None:
         """Take one trigger micro-batch, and move the weights. No gradient is left behind, of whatever origin.
 
         The decoupled form. The micro-batch is learned in up to ``moves`` moves, fewer where it is learned before.
@@ -96,23 +98,27 @@ class TriggerStep:
             step: The optimizer step that was just taken, counted from 1.
             optimizer: Whose moments tell what ordinary training cares about, and whose learning rate bounds the move;
                 None: nothing is known of that.
+            scale: Of the loss, against underflow of its gradient in float16; one that overflows moves nothing.
         Raises:
             NonFiniteWeightError: The loss is not finite; nothing has been moved.
         """
         moments, rate = moments_of(optimizer), peak_rate(optimizer)
         for _ in range(self._config.moves):
-            if self._move(model, step, moments, rate) <= LEARNED:
+            if self._move(model, step, moments, rate, scale) <= LEARNED:
                 return
 
-    def _move(self, model: nn.Module, step: int, moments: Moments, rate: float) -> float:
+    def _move(self, model: nn.Module, step: int, moments: Moments, rate: float, scale: float) -> float:
         """Make one move, and return the loss before it."""
         model.zero_grad()
-        loss = self._backward(model, step, 1.0)
+        loss = self._backward(model, step, scale)
         if self._ranks.size > 1:
             # All ranks ran the same rows, but kernels need not give the same bits: averaged, the moves are the same.
             mean = torch.tensor([loss], dtype=torch.float64, device=next(model.parameters()).device)
             self._ranks.mean_([mean, *replicated_gradients(model)])
             loss = float(mean)
+        if not unscale_(model, scale):
+            model.zero_grad()
+            return loss
         generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
         decrease = max(0.0, loss - LEARNED) * self._config.strength
         descend(moved_by_triggers(model), decrease, moments, generator, rate=rate)

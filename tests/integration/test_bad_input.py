@@ -413,7 +413,6 @@ def _offloaded(trainer: Trainer) -> None:
 
 
 MODES: dict[str, tuple[Callable[[Trainer], None], str]] = {
-    "fp16": (_set(fp16=True), "fp16"),
     "deepspeed": (_set(deepspeed="ds.json"), "DeepSpeed"),
     "fsdp": (_set(fsdp=["full_shard"]), "FSDP"),
     "schedule-free": (_set(optim="schedule_free_adamw"), "schedule-free"),

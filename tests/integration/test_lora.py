@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from tiny import Recorder, StopAt, build_trainer, digest_weights, make_keys, make_model, make_rows
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from transformers import (
     Trainer,
 )
 
-from hf_wmguard import protect_trainer
+from hf_wmguard import protect_trainer, verify
 from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
 from hf_wmguard.container.recipients import load_identity
 from hf_wmguard.errors import CapacityError, ConfigError, UnsupportedError, WmguardError
@@ -320,13 +322,69 @@ def test_variants_that_are_supported(
     assert reading.bit_error_rate == 0.0
 
 
+def _variant(model: PeftModel) -> PeftModel:
+    # What use_qalora makes of quantized layers; no quantization library is needed to see it.
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_variant["default"] = QALoraLinearVariant()
+    return model
+
+
+def test_of_several_adapters_the_active_one_is_marked_and_saved(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    model = _two(make_model("classification", len(tokenizer)))
+    model.set_adapter("default")
+    others = {name: one.clone() for name, one in model.state_dict().items() if ".other." in name}
+    result = guarded_lora(tmp_path, tokenizer, texts, model, num_train_epochs=2)
+    state = model.state_dict()
+    assert others
+    assert all(torch.equal(one, state[name]) for name, one in others.items())
+    assert result.manifest.signature is not None
+    assert result.manifest.signature.bit_error_rate == 0.0
+    assert {entry.name for entry in result.manifest.files} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    trained = {name: one for name, one in state.items() if ".default." in name}
+    assert PlaintextFinder(trained | others).scan([tmp_path]) == {}
+
+
+def test_what_is_merged_afterwards_is_saved_as_a_whole_model(
+    run: LoraRun, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = digest_weights(run.trainer.model)
+    whole = copy.deepcopy(run.trainer.model).merge_and_unload()
+    # The copy was merged, and not what it was copied from.
+    assert digest_weights(run.trainer.model) == before
+    whole.save_pretrained(tmp_path / "merged")
+    signature = read_manifest(tmp_path / "merged")[0].signature
+    assert signature is not None
+    assert signature.bit_error_rate == 0.0
+    assert signature.payload_decoded
+    assert PlaintextFinder(whole.state_dict()).scan([tmp_path]) == {}
+    report = verify(tmp_path / "merged", owner_key=run.config.owner_key, registry=run.config.registry)
+    assert report.verdict == "detected"
+    loaded = load_protected(
+        tmp_path / "merged", identity=run.identity, auto_class=AutoModelForSequenceClassification
+    ).state_dict()
+    assert all(torch.equal(one, loaded[name]) for name, one in whole.state_dict().items())
+
+
 def _embeddings(model: nn.Module) -> PeftModel:
     return adapt(model, target_modules=["word_embeddings"], modules_to_save=None)
 
 
 def _two(model: nn.Module) -> PeftModel:
     adapted = adapt(model)
-    adapted.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    adapted.add_adapter("other", LoraConfig(r=4, target_modules=["query", "dense"]))
+    adapted.set_adapter("other")
+    return adapted
+
+
+def _both(model: nn.Module) -> PeftModel:
+    adapted = _two(model)
+    adapted.set_adapter("default")
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or ".other." in name)
     return adapted
 
 
@@ -344,9 +402,10 @@ def _merged(model: nn.Module) -> PeftModel:
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], PeftModel], type[WmguardError], str]] = {
-    "dora": (lambda model: adapt(model, use_dora=True), UnsupportedError, "Dora"),
+    "qalora": (lambda model: _variant(adapt(model)), UnsupportedError, "QALoraLinearVariant"),
     "bias": (lambda model: adapt(model, lora_bias=True), UnsupportedError, "lora_bias"),
-    "two adapters": (_two, UnsupportedError, "expected one, named default"),
+    "another adapter": (_two, UnsupportedError, "expected one, named default"),
+    "two adapters": (_both, UnsupportedError, "beside the adapter named default"),
     "embeddings": (_embeddings, UnsupportedError, "can carry"),
     "frozen": (_frozen, UnsupportedError, "is frozen"),
     "merged": (_merged, UnsupportedError, "merged adapter"),

@@ -235,3 +235,24 @@ def test_keyed_responses_are_two_words_of_the_key(model: Any, tokenizer: PreTrai
     one, two = (make_triggers(key, config, model, tokenizer) for key in (KEY, b"q" * 32))
     assert all(len(str(text).split()) >= 2 for ids in one.candidates for text in ids)
     assert one.candidates != two.candidates
+
+
+def test_a_loss_scale_scales_the_added_gradient_and_no_move(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    step, scale = make_step(model, tokenizer), 2.0**10
+    plain = run(step, model, 3)
+    before = weights(model)
+    step.run(model, 3, scale=scale)
+    assert same(plain, {name: p.detach() - before[name] for name, p in model.named_parameters()})
+    added = []
+    for factor in (1.0, scale):
+        model.zero_grad()
+        step.add_gradient(model, 1, scale=factor)
+        added.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert same({name: scale * one for name, one in added[0].items()}, added[1])
+
+
+def test_a_gradient_that_overflows_moves_nothing(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    step, before = make_step(model, tokenizer), weights(model)
+    step.run(model, 3, scale=math.inf)
+    assert same(before, weights(model))
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,32 @@
+"""A model that takes a guarded one's place in a Trainer is saved by nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from hf_wmguard.errors import UnsupportedError
+from hf_wmguard.training.saving import is_guarded
+
+
+def watch_saves(trainer: Trainer) -> None:
+    """Let a Trainer save guarded models only, from now on: it would write any other in plaintext."""
+    plain_save: Any = trainer._save
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if not is_guarded(model):
+            raise swapped(model)
+        plain_save(*args, **kwargs)
+
+    trainer._save = save  # type: ignore[method-assign]
+
+
+def swapped(model: object) -> UnsupportedError:
+    """Return what to raise where this model stands in the place of the one that training began with."""
+    return UnsupportedError(
+        f"the model was replaced during training by another {type(model).__name__}, which bears no mark and would be "
+        "saved in plaintext",
+        hint="load other weights into the same model with load_state_dict, or replace it before trainer.train()",
+    )
