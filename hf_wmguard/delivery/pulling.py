@@ -7,12 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hf_wmguard.delivery.parcel import PLAIN_NAMES
+from hf_wmguard.delivery.parcel import may_be_plain
 from hf_wmguard.errors import FormatError, NotFoundError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
@@ -150,7 +149,7 @@ def _sort_out(store: Store, manifest: Manifest) -> tuple[list[str], list[str]]:
     """Return what is fetched, the proof last, and what is not."""
     signed = {entry.name for entry in manifest.files}
     files = store.files()
-    wanted = [name for name in files if name in signed or any(fnmatchcase(name, one) for one in PLAIN_NAMES)]
+    wanted = [name for name in files if name in signed or may_be_plain(name)]
     left_out = [name for name in files if name not in wanted and name not in _PROOF]
     return [*sorted(wanted), *_PROOF], sorted(left_out)
 
