@@ -98,6 +98,7 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
         ManifestError: A file is not the one that was signed, or is a weight file that the manifest does not list (such
             as plaintext), or would be sent under another name and begins like one.
     """
+    _check_protected(folder)
     manifest, signer = read_manifest(folder)
     stamps = {entry.name: stamp(folder / entry.name) for entry in manifest.files if (folder / entry.name).is_file()}
     check_files(folder, manifest, progress=progress)
@@ -121,6 +122,25 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
         left_out=found.left_out,
         stamps=stamps,
     )
+
+
+def _check_protected(folder: Path) -> None:
+    """Say so where a folder was never protected, by the name of what would have left it.
+
+    Raises:
+        NotFoundError: There is no such folder.
+        ManifestError: It holds weights, and neither manifest nor envelope.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"no folder {folder}", hint="give a folder that wmguard protect or a guarded save wrote")
+    if any((folder / name).exists() for name in (MANIFEST_NAME, ENVELOPE_NAME)):
+        return
+    weights = next((name for name in _visible(folder) if Path(name).suffix.lower() in WEIGHT_SUFFIXES), None)
+    if weights is not None:
+        raise ManifestError(
+            f"{folder} is not protected, and {weights} in it is perhaps plaintext: nothing was sent",
+            hint="protect the folder with wmguard protect, and push that",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

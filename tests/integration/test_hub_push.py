@@ -211,6 +211,20 @@ def test_plaintext_under_the_name_of_something_else_stops_the_push(
     assert hub.traffic.exchanges == []
 
 
+def test_a_folder_that_was_never_protected_is_refused_by_what_is_in_it(
+    hub: Hub, source: Path, make: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(ManifestError, match=r"model\.safetensors") as caught:
+        push(source / "model")
+    assert "wmguard protect" in caught.value.hint
+    with pytest.raises(NotFoundError, match="no folder"):
+        push(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFoundError, match=MANIFEST_NAME):
+        push(tmp_path / "empty")
+    assert hub.traffic.exchanges == []
+
+
 def test_what_is_signed_under_another_name_is_not_plaintext(hub: Hub, source: Path, make: Make) -> None:
     folder, data = make(), (source / "model" / "model.safetensors").read_bytes()
     (folder / "generation_config.json").write_bytes(data)

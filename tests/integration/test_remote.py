@@ -322,6 +322,21 @@ def test_a_pull_brings_the_folder(hub: Hub, api: HfApi, marked: Marked, tmp_path
         pull(f"hub://{REPO}/a/b", tmp_path / "out")
 
 
+def test_a_folder_of_a_repo_may_be_called_like_one_in_it(api: HfApi, marked: Marked, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_protected(marked.model, folder, marked.config)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").write_text("{{ messages }}")
+    # What nobody signed, under a name that is no name.
+    (folder / "tokenizer\x1b[2J.json").write_text("{}")
+    upload(api, folder, path_in_repo="additional_chat_templates")
+    pulled = pull(f"hub://{REPO}/additional_chat_templates", tmp_path / "out")
+    assert pulled.left_out == ("tokenizer\x1b[2J.json",)
+    assert (tmp_path / "out" / "additional_chat_templates" / "a.jinja").read_text() == "{{ messages }}"
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert names == set(pulled.files)
+
+
 def test_a_pull_goes_on_where_it_was(hub: Hub, api: HfApi, marked: Marked, tmp_path: Path) -> None:
     save_protected(marked.model, tmp_path / "model", marked.config, max_shard_size="300KB")
     upload(api, tmp_path / "model")
