@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_wmguard.loading  # noqa: F401
 from hf_wmguard import SignatureConfig, WatermarkConfig, embed, load_protected, verify
 from hf_wmguard.config import ProtectionConfig
+from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.delivery.pulling import PARTIAL_PREFIX, pull
 from hf_wmguard.errors import (
     AuthenticationError,
@@ -335,6 +336,11 @@ def test_a_folder_of_a_repo_may_be_called_like_one_in_it(api: HfApi, marked: Mar
     assert (tmp_path / "out" / "additional_chat_templates" / "a.jinja").read_text() == "{{ messages }}"
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert names == set(pulled.files)
+
+
+def test_a_folder_that_is_not_here_is_named(hub: Hub) -> None:
+    with pytest.raises(NotFoundError, match=r"no folder runs/typo, and hub://runs/typo does not exist"):
+        load_protected("runs/typo", identity=generate_identity(), auto_class=AutoModelForCausalLM)
 
 
 def test_a_pull_goes_on_where_it_was(hub: Hub, api: HfApi, marked: Marked, tmp_path: Path) -> None:
