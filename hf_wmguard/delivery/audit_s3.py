@@ -259,6 +259,9 @@ def _judge_contents(client: Any, location: Location, public: bool, note: Callabl
     versions, code, more = _versions(client, location)
     if code:
         yield _unchecked("older versions" if versions else "objects", code)
+    if not versions and not code:
+        detail = "nothing lies under this prefix: no file was judged"
+        yield Finding(severity="info", what="unchecked", where="objects", detail=detail, remedy="check the prefix")
     if more:
         detail = f"only the first {len(versions)} versions were looked at"
         yield Finding(severity="info", what="unchecked", where="objects", detail=detail, remedy="audit a longer prefix")

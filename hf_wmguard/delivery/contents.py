@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from hf_wmguard.container.files import is_protected
 from hf_wmguard.container.source import Source
+from hf_wmguard.delivery.disguise import BEGIN_BYTES, begins_like
 from hf_wmguard.delivery.findings import Finding
 from hf_wmguard.delivery.leaks import holds_no_tensors, secrets_in_pickle, secrets_in_text
 from hf_wmguard.errors import IntegrityError, ManifestError
@@ -28,7 +29,6 @@ MAX_STATE_BYTES = 1 << 20
 _MAX_NOTE_BYTES = 64 << 10
 # A file below this is no model whatever it holds.
 _MIN_WEIGHTS_BYTES = 64 << 10
-_MAGIC_BYTES = 16
 # What other frameworks call weights.
 _WEIGHTS = WEIGHT_SUFFIXES | {".h5", ".keras", ".msgpack", ".npz", ".onnx", ".ot", ".pkl", ".tflite"}
 _TEXT = {"", ".cfg", ".conf", ".env", ".ini", ".ipynb", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
@@ -63,17 +63,13 @@ def judge_file(name: str, where: str, source: Source, *, public: bool = False) -
     """
     base = PurePosixPath(name).name
     if is_trainer_state(base):
-        return _judge_state(base, where, source)
-    if _suffix(base) in _WEIGHTS:
-        what = _weights(base, source)
-    elif _KEYS.fullmatch(base) or _suffix(base) in _TEXT:
+        return _judge_state(base, where, source, public)
+    what = _weights(base, source) if _suffix(base) in _WEIGHTS else _disguised(source)
+    if what is not None:
+        return [_plaintext(where, what, public)]
+    if _suffix(base) not in _WEIGHTS and (_KEYS.fullmatch(base) or _suffix(base) in _TEXT):
         return _judge_text(base, where, source)
-    else:
-        what = _disguised(source)
-    if what is None:
-        return []
-    severity = "critical" if public else "high"
-    return [Finding(severity=severity, what="plaintext", where=where, detail=what, remedy=_PLAINTEXT)]
+    return []
 
 
 def judge_manifest(where: str, files: Mapping[str, StoredFile], opened: Opener) -> list[Finding]:
@@ -131,17 +127,19 @@ def _disguised(source: Source) -> str | None:
     """Return what a file of another name begins like, where that is a model."""
     if source.size_bytes < _MIN_WEIGHTS_BYTES:
         return None
-    begin = read_small(source, _MAGIC_BYTES)
-    if begin.startswith(b"GGUF"):
-        return "begins like GGUF"
-    # Eight bytes of length, the upper ones zero, and then JSON.
-    if begin[5:9] == b"\0\0\0{" and not is_protected(source):
-        return "begins like safetensors that are not protected"
-    return None
+    what = begins_like(read_small(source, BEGIN_BYTES))
+    return None if what is None or is_protected(source) else f"begins like {what}"
 
 
-def _judge_state(base: str, where: str, source: Source) -> list[Finding]:
+def _plaintext(where: str, what: str, public: bool) -> Finding:
+    severity = "critical" if public else "high"
+    return Finding(severity=severity, what="plaintext", where=where, detail=what, remedy=_PLAINTEXT)
+
+
+def _judge_state(base: str, where: str, source: Source, public: bool) -> list[Finding]:
     found = []
+    if base != "optimizer.pt" and source.size_bytes > MAX_STATE_BYTES:
+        return [_plaintext(where, f"{source.size_bytes} bytes, too many for what its name says", public)]
     if base == "training_args.bin" or source.size_bytes <= _MAX_NOTE_BYTES:
         data = read_small(source, MAX_STATE_BYTES)
         found += [_secret(where, what) for what in secrets_in_pickle(data)]

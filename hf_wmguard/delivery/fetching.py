@@ -119,6 +119,12 @@ def fetch_all(
     with _disk(folder):
         work = folder / WORK_NAME
         parts = [_part(store, name, folder, work) for name in dict.fromkeys(names)]
+        # Before a journal is made, whose length is what the store says.
+        total, disk = sum(part.stored.size_bytes for part in parts), shutil.disk_usage(folder).total
+        if total > disk:
+            raise EnvironmentFault(
+                f"{total} bytes do not fit on the disk of {folder}, which has {disk}", hint="use a larger disk"
+            )
         todo = {part.name: part.missing() for part in parts}
         _check_room(folder, sum(_bytes_of(part, todo[part.name]) for part in parts))
         for part in parts:

@@ -303,10 +303,6 @@ def _commit(
     return str(info.oid)
 
 
-def _deletion(location: Location, name: str) -> CommitOperationDelete:
-    return CommitOperationDelete(path_in_repo=location.key(name), is_folder=False)
-
-
 def _preupload(
     api: HfApi, location: Location, head: Head, additions: list[CommitOperationAdd], progress: Progress | None
 ) -> None:

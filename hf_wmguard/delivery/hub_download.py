@@ -15,6 +15,8 @@ from hf_wmguard.stores.hub_errors import hub_errors
 from hf_wmguard.stores.store import Store
 
 _CACHE = ".cache"
+# Where files lie as they lie in the repo, until they are moved: no file that is fetched has such a name.
+_WHOLE = ".wmguard-hub"
 
 
 def download(
@@ -32,22 +34,21 @@ def download(
         OSError: The disk is full.
     """
     location = store.location
+    root = folder / _WHOLE if location.path else folder
     with hub_errors(str(location)):
         snapshot_download(
             location.root,
             revision=location.revision,
-            local_dir=folder,
+            local_dir=root,
             # Names are patterns to the client.
             allow_patterns=[glob.escape(location.key(name)) for name in names],
             tqdm_class=_reporting(str(location), progress),
         )
     if location.path:
-        # It lays files down as they lie in the repo.
-        inside = folder / location.path
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (inside / name).replace(folder / name)
-        shutil.rmtree(folder / location.path.partition("/")[0])
+            (root / location.path / name).replace(folder / name)
+        shutil.rmtree(root)
     shutil.rmtree(folder / _CACHE, ignore_errors=True)
 
 

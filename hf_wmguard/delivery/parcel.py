@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_wmguard.container.files import is_protected
+from hf_wmguard.delivery.disguise import BEGIN_BYTES, begins_like
 from hf_wmguard.errors import ManifestError, NotFoundError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
@@ -17,7 +18,6 @@ from hf_wmguard.evidence.manifest import (
     WEIGHT_SUFFIXES,
     Manifest,
     check_files,
-    is_trainer_state,
     read_manifest,
 )
 
@@ -44,6 +44,8 @@ PLAIN_NAMES = (
 """What a tokenizer, a processor or a chat template is saved as. Beside these only what the manifest lists is sent."""
 LAST = (RECIPIENTS_NAME, ENVELOPE_NAME, MANIFEST_NAME)
 """What is shown last, the manifest after everything that it lists."""
+# The only ones of these that are no text.
+_BINARY = (".model", ".png")
 Progress = Callable[[str, int], None]
 Stamp = tuple[int, int, int, int]
 
@@ -94,8 +96,9 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
     Raises:
         NotFoundError: The folder is not protected, or a part of it is missing.
         ManifestError: A file is not the one that was signed, or is a weight file that the manifest does not list (such
-            as plaintext), whatever it is called.
+            as plaintext), or would be sent under another name and begins like one.
     """
+    _check_protected(folder)
     manifest, signer = read_manifest(folder)
     stamps = {entry.name: stamp(folder / entry.name) for entry in manifest.files if (folder / entry.name).is_file()}
     check_files(folder, manifest, progress=progress)
@@ -109,6 +112,8 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
     if not (folder / RECIPIENTS_NAME).is_file():
         raise NotFoundError(f"{folder} lacks {RECIPIENTS_NAME}", hint="fetch the whole protected folder")
     found = contents(folder, manifest)
+    for name in (*found.signed, *found.plain):
+        _check_harmless(folder, name)
     return Parcel(
         folder=folder,
         manifest=manifest,
@@ -117,6 +122,25 @@ def pack(folder: Path, *, progress: Progress | None = None) -> Parcel:
         left_out=found.left_out,
         stamps=stamps,
     )
+
+
+def _check_protected(folder: Path) -> None:
+    """Say so where a folder was never protected, by the name of what would have left it.
+
+    Raises:
+        NotFoundError: There is no such folder.
+        ManifestError: It holds weights, and neither manifest nor envelope.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"no folder {folder}", hint="give a folder that wmguard protect or a guarded save wrote")
+    if any((folder / name).exists() for name in (MANIFEST_NAME, ENVELOPE_NAME)):
+        return
+    weights = next((name for name in _visible(folder) if Path(name).suffix.lower() in WEIGHT_SUFFIXES), None)
+    if weights is not None:
+        raise ManifestError(
+            f"{folder} is not protected, and {weights} in it is perhaps plaintext: nothing was sent",
+            hint="protect the folder with wmguard protect, and push that",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +161,43 @@ def contents(folder: Path, manifest: Manifest) -> Contents:
             signed.append(name)
         elif name in LAST:
             continue
-        elif not is_trainer_state(name) and any(fnmatchcase(name, pattern) for pattern in PLAIN_NAMES):
+        elif may_be_plain(name):
             plain.append(name)
         else:
             left_out.append(name)
     return Contents(signed=tuple(signed), plain=tuple(plain), left_out=tuple(left_out))
+
+
+def may_be_plain(name: str) -> bool:
+    """Return whether a file that nobody signs belongs to a protected folder by its name."""
+    # A star stands for no slash: what lies in other folders is somebody else's.
+    return any(name.count("/") == one.count("/") and fnmatchcase(name, one) for one in PLAIN_NAMES)
+
+
+def _check_harmless(folder: Path, name: str) -> None:
+    """Check that a file is not plaintext weights under another name.
+
+    Raises:
+        ManifestError: It is.
+        NotFoundError: It cannot be read.
+    """
+    path = folder / name
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
+        # Judged by its header already.
+        return
+    try:
+        with path.open("rb") as file:
+            begin = file.read(BEGIN_BYTES)
+    except OSError as error:
+        raise NotFoundError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from None
+    what = begins_like(begin)
+    if what is None and b"\0" in begin and may_be_plain(name) and path.suffix not in _BINARY:
+        what = "no text"
+    if what is not None and not is_protected(path):
+        raise ManifestError(
+            f"{name} in {folder} begins like {what}, which its name is not for: nothing was sent",
+            hint="if it holds weights, protect the folder it came from; otherwise move it away",
+        )
 
 
 def _visible(folder: Path) -> list[str]:

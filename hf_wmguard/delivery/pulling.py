@@ -7,12 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hf_wmguard.delivery.parcel import PLAIN_NAMES
+from hf_wmguard.delivery.parcel import may_be_plain
 from hf_wmguard.errors import FormatError, NotFoundError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
@@ -26,6 +25,7 @@ from hf_wmguard.evidence.manifest import (
 from hf_wmguard.evidence.signing import load_signer
 from hf_wmguard.folders import check_new_folder, resumable_folder
 from hf_wmguard.stores.location import Location, parse_location
+from hf_wmguard.stores.names import is_safe_name
 from hf_wmguard.stores.opening import open_store
 from hf_wmguard.stores.store import Store
 
@@ -36,6 +36,8 @@ PARTIAL_PREFIX = ".wmguard-pull-"
 """A folder of this name holds what has arrived of a pull that was interrupted; the same pull goes on with it."""
 _PROOF = (MANIFEST_NAME, ENVELOPE_NAME, RECIPIENTS_NAME)
 _MAX_PROOF_BYTES = 64 << 20
+# Of a tokenizer and the like, whose size nobody signed.
+_MAX_PLAIN_BYTES = 1 << 30
 # By scheme: what brings whole files. Each goes on where it was interrupted.
 _FETCH = {"hub": ("hub_download", "download"), "s3": ("fetching", "fetch_all")}
 
@@ -150,8 +152,13 @@ def _sort_out(store: Store, manifest: Manifest) -> tuple[list[str], list[str]]:
     """Return what is fetched, the proof last, and what is not."""
     signed = {entry.name for entry in manifest.files}
     files = store.files()
-    wanted = [name for name in files if name in signed or any(fnmatchcase(name, one) for one in PLAIN_NAMES)]
-    left_out = [name for name in files if name not in wanted and name not in _PROOF]
+    # Of what nobody signed the name is a stranger's, too.
+    wanted = [name for name in files if name in signed or (may_be_plain(name) and is_safe_name(name))]
+    for name in wanted:
+        if name not in signed and files[name].size_bytes > _MAX_PLAIN_BYTES:
+            raise FormatError(f"{name} has {files[name].size_bytes} bytes", hint="no such file is that large")
+    kept = {*wanted, *_PROOF}
+    left_out = [name for name in files if name not in kept]
     return [*sorted(wanted), *_PROOF], sorted(left_out)
 
 

@@ -49,6 +49,8 @@ from hf_wmguard.stores.s3_errors import failure
 from hf_wmguard.stores.s3_pointer import KEPT, Entry, Pointer, Save, revision_of
 
 _WEIGHTS = ".safetensors"
+# Up to this a file is put in one piece, and all of these wait in memory: shards must not be among them.
+_SMALL_BYTES = 1 << 20
 _REPLACE = "choose another prefix, or say that what is there is to be replaced"
 
 
@@ -76,7 +78,7 @@ class _Plan:
                 part_bytes=part_size(size, self.part_bytes),
             )
             for name, size in self.sizes.items()
-            if size > self.part_bytes and name not in self.same
+            if size > _SMALL_BYTES and name not in self.same
         ]
 
     def told(self, name: str, sha256: str) -> dict[str, Any]:

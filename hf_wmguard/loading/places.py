@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -77,7 +77,14 @@ def open_place(where: str | Path, *, revision: str | None = None) -> Iterator[Pl
     elif location.scheme == "hub" and constants.is_offline_mode():
         yield _cached(location)
     else:
-        with open_remote(location) as remote:
+        with ExitStack() as stack:
+            try:
+                remote = stack.enter_context(open_remote(location))
+            except NotFoundError as error:
+                if is_location(where):
+                    raise
+                # A local folder may have been meant.
+                raise NotFoundError(f"no folder {where}, and {error.message}", hint=error.hint) from None
             yield Place(path=remote.folder, name=_name(location), remote=remote.weights)
 
 

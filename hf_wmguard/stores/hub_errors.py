@@ -77,6 +77,18 @@ def hub_errors(where: str) -> Iterator[None]:
             f"{where} cannot be reached: {type(error).__name__}",
             hint="check the network, HF_ENDPOINT and proxies; an interrupted transfer goes on where it was",
         ) from None
+    except (KeyError, TypeError, ValueError):
+        # What the client makes of a web page, or of JSON that is not what it expects. Not repeated: a stranger's words.
+        raise StoreError(
+            f"{where} answers with something that is none of the Hub's answers",
+            hint="check HF_ENDPOINT, and proxies or login pages in between",
+        ) from None
+    except RuntimeError as error:
+        # A transfer by hf_xet that breaks off is one of these.
+        raise StoreError(
+            f"{where}: the transfer broke off ({type(error).__name__})",
+            hint="run the same command again: what has arrived is not fetched twice",
+        ) from None
 
 
 def of_status(where: str, status: int, says: str | None = None) -> WmguardError:

@@ -68,12 +68,10 @@ def open_remote(location: Location) -> Iterator[RemoteFolder]:
         files, folder, reads = store.files(), Path(temporary), Reads()
         # A folder with a manifest of its own, such as a checkpoint, is judged on its own.
         apart = [name.removesuffix(MANIFEST_NAME) for name in files if name.endswith(f"/{MANIFEST_NAME}")]
-        for name in (*_ALWAYS, *_OURS):
-            if name in files:
-                _bring(store, name, folder)
-        for name in _listed(folder):
-            if name in files and not (folder / name).exists() and not _is_weights(name):
-                _bring(store, name, folder)
+        here = [name for name in (*_ALWAYS, *_OURS) if name in files]
+        _bring(store, here, folder)
+        more = [name for name in _listed(folder) if name in files and name not in here and not _is_weights(name)]
+        _bring(store, more, folder)
         weights = {
             name: RemoteFile(store, name, reads)
             for name in files
@@ -104,13 +102,18 @@ def _listed(folder: Path) -> list[str]:
     return [entry.name for entry in manifest.files]
 
 
-def _bring(store: Store, name: str, folder: Path) -> None:
-    size_bytes = store.files()[name].size_bytes
-    here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if size_bytes > MAX_INDEX_BYTES or here + size_bytes > _MAX_SMALL_BYTES:
-        raise FormatError(f"{store.location}: {name} has {size_bytes} bytes", hint="no such file is that large")
-    data = bytearray(size_bytes)
-    store.read_into(name, 0, memoryview(data))
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+def _bring(store: Store, names: list[str], folder: Path) -> None:
+    sizes = {name: store.files()[name].size_bytes for name in names}
+    for name, size_bytes in sizes.items():
+        if size_bytes > MAX_INDEX_BYTES:
+            raise FormatError(f"{store.location}: {name} has {size_bytes} bytes", hint="no such file is that large")
+    if sum(sizes.values()) > _MAX_SMALL_BYTES:
+        raise FormatError(
+            f"{store.location}: {len(sizes)} small files have {sum(sizes.values())} bytes", hint="no model has so many"
+        )
+    for name, size_bytes in sizes.items():
+        data = bytearray(size_bytes)
+        store.read_into(name, 0, memoryview(data))
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)

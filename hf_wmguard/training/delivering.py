@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def check_private(private: object, allow_public: bool) -> None:
 
 def later(error: WmguardError, folder: Path, location: Location) -> WmguardError:
     """Return the same error with a hint how to send a folder that is whole on the disk."""
-    return type(error)(error.message, hint=f"{error.hint}; wmguard push {folder} {location} sends what was saved")
+    command = shlex.join(["wmguard", "push", str(folder), str(location)])
+    return type(error)(error.message, hint=f"{error.hint}; {command} sends what was saved")
 
 
 def save_finished(folder: Path, model: Any, processing_class: Any) -> None:

@@ -94,6 +94,21 @@ def test_plaintext_anywhere_in_the_history(api: HfApi) -> None:
     assert len(what(findings, "critical", "high", "medium", "low")) == 2
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "weights", "notes.txt", "model.key", "model.dat"])
+def test_plaintext_under_the_name_of_something_else(api: HfApi, name: str) -> None:
+    add(api, name, save({"a": torch.arange(100_000.0)}))
+    pickled = io.BytesIO()
+    torch.save({"a": torch.arange(100_000.0)}, pickled)
+    add(api, f"pickled-{name}", pickled.getvalue())
+    assert what(found(), "high") == {("plaintext", f"{name} (main)"), ("plaintext", f"pickled-{name} (main)")}
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "rng_state.pth", "scheduler.pt"])
+def test_a_state_that_is_too_large_for_one(api: HfApi, name: str) -> None:
+    add(api, name, save({"a": torch.arange(300_000.0)}))
+    assert what(found(), "high") == {("plaintext", f"{name} (main)")}
+
+
 def test_each_blob_is_read_once(api: HfApi, hub: Hub) -> None:
     for number in range(3):
         add(api, "notes.md", f"note {number}".encode())

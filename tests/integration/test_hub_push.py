@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -34,7 +35,8 @@ from hf_wmguard.errors import (
     UsageError,
     WmguardError,
 )
-from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_files, read_manifest
+from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_files, digest_file, read_manifest, write_manifest
+from hf_wmguard.keys import OwnerKey
 from hf_wmguard.protection import protect_folder
 from hf_wmguard.stores.location import Location, parse_location
 from hf_wmguard.suspects.plaintext import PlaintextFinder
@@ -185,12 +187,66 @@ def test_plaintext_in_the_folder_stops_the_push(hub: Hub, source: Path, make: Ma
     assert hub.traffic.exchanges == []
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer_old.json", "vocab.txt", "tokenizer.model", "wmguard_x.png", "additional_chat_templates/a.jinja"]
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_plaintext_under_the_name_of_something_else_stops_the_push(
+    hub: Hub, source: Path, make: Make, name: str, linked: bool
+) -> None:
+    folder = make()
+    (folder / name).parent.mkdir(exist_ok=True)
+    if linked:
+        (folder / name).symlink_to(source / "model" / "model.safetensors")
+    else:
+        shutil.copy(source / "model" / "model.safetensors", folder / name)
+    with pytest.raises(ManifestError, match=f"{name} in .* begins like safetensors"):
+        push(folder)
+    (folder / name).unlink()
+    # As raw as numbers are.
+    (folder / name).write_bytes(torch.arange(1000.0).numpy().tobytes())
+    if Path(name).suffix not in (".model", ".png"):
+        with pytest.raises(ManifestError, match=name):
+            push(folder)
+    assert hub.traffic.exchanges == []
+
+
+def test_a_folder_that_was_never_protected_is_refused_by_what_is_in_it(
+    hub: Hub, source: Path, make: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(ManifestError, match=r"model\.safetensors") as caught:
+        push(source / "model")
+    assert "wmguard protect" in caught.value.hint
+    with pytest.raises(NotFoundError, match="no folder"):
+        push(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFoundError, match=MANIFEST_NAME):
+        push(tmp_path / "empty")
+    assert hub.traffic.exchanges == []
+
+
+def test_what_is_signed_under_another_name_is_not_plaintext(hub: Hub, source: Path, make: Make) -> None:
+    folder, data = make(), (source / "model" / "model.safetensors").read_bytes()
+    (folder / "generation_config.json").write_bytes(data)
+    entry = digest_file(folder / "generation_config.json")
+    manifest, _ = read_manifest(folder)
+    manifest = dataclasses.replace(manifest, files=tuple(sorted((*manifest.files, entry), key=lambda one: one.name)))
+    write_manifest(folder, manifest, OwnerKey.load(f"file:{source / 'keys' / 'owner.key'}"))
+    with pytest.raises(ManifestError, match="begins like safetensors"):
+        push(folder)
+    assert hub.traffic.exchanges == []
+
+
 def test_what_is_not_known_stays_here(hub: Hub, source: Path, make: Make) -> None:
     folder = make()
     for name in ("training_args.bin", "optimizer.pt", "notes.txt", ".env", "owner.key", "trainer_state.json"):
         (folder / name).write_text("hf_owner")
+    # The star of "tokenizer*.json" stands for no folder.
+    (folder / "tokenizer_old").mkdir()
+    (folder / "tokenizer_old" / "secret.json").write_text("{}")
     pushed = push(folder)
-    assert {"training_args.bin", "optimizer.pt", "notes.txt", "owner.key"} <= set(pushed.left_out)
+    left_out = {"training_args.bin", "optimizer.pt", "notes.txt", "owner.key", "tokenizer_old/secret.json"}
+    assert left_out <= set(pushed.left_out)
     assert set(HfApi().list_repo_files(REPO)) == {*pushed.files, ".gitattributes"}
 
 

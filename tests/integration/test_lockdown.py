@@ -292,6 +292,11 @@ def test_audit_names_grants_and_unfinished_uploads(s3: Any) -> None:
     assert ("upload", "triage/model.safetensors") in what(findings, "low")
 
 
+def test_a_prefix_with_nothing_in_it_is_named(s3: Any) -> None:
+    findings = list(audit(parse_location("s3://acme-models/typo")).findings)
+    assert ("unchecked", "objects") in what(findings, "info")
+
+
 def test_audit_of_no_bucket(moto: MotoServer) -> None:
     with pytest.raises(NotFoundError, match="nobodys-bucket"):
         found(at="s3://nobodys-bucket")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_wmguard.loading  # noqa: F401
 from hf_wmguard import SignatureConfig, WatermarkConfig, embed, load_protected, verify
 from hf_wmguard.config import ProtectionConfig
+from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.delivery.pulling import PARTIAL_PREFIX, pull
 from hf_wmguard.errors import (
     AuthenticationError,
@@ -320,6 +321,26 @@ def test_a_pull_brings_the_folder(hub: Hub, api: HfApi, marked: Marked, tmp_path
     assert not list(tmp_path.glob(f"{PARTIAL_PREFIX}*"))
     with pytest.raises(UsageError, match="not empty"):
         pull(f"hub://{REPO}/a/b", tmp_path / "out")
+
+
+def test_a_folder_of_a_repo_may_be_called_like_one_in_it(api: HfApi, marked: Marked, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_protected(marked.model, folder, marked.config)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").write_text("{{ messages }}")
+    # What nobody signed, under a name that is no name.
+    (folder / "tokenizer\x1b[2J.json").write_text("{}")
+    upload(api, folder, path_in_repo="additional_chat_templates")
+    pulled = pull(f"hub://{REPO}/additional_chat_templates", tmp_path / "out")
+    assert pulled.left_out == ("tokenizer\x1b[2J.json",)
+    assert (tmp_path / "out" / "additional_chat_templates" / "a.jinja").read_text() == "{{ messages }}"
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert names == set(pulled.files)
+
+
+def test_a_folder_that_is_not_here_is_named(hub: Hub) -> None:
+    with pytest.raises(NotFoundError, match=r"no folder runs/typo, and hub://runs/typo does not exist"):
+        load_protected("runs/typo", identity=generate_identity(), auto_class=AutoModelForCausalLM)
 
 
 def test_a_pull_goes_on_where_it_was(hub: Hub, api: HfApi, marked: Marked, tmp_path: Path) -> None:

@@ -145,6 +145,16 @@ def test_no_server_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch, store: Hu
         HubStore(parse_location(f"hub://{REPO}"))
 
 
+@pytest.mark.parametrize(
+    "body", [b"<html>Log in first</html>", b"null", b"[]", b'{"siblings": 3}', b'{"siblings": [{}]}']
+)
+def test_what_is_no_hub_is_named(hub: Hub, store: HubStore, body: bytes) -> None:
+    hub.faults.add("GET /api/models", Answer(200, body=body), times=1)
+    with pytest.raises(StoreError, match="none of the Hub's answers") as caught:
+        HubStore(parse_location(f"hub://{REPO}"))
+    assert "HF_ENDPOINT" in caught.value.hint
+
+
 def test_a_header_is_read_in_one_piece_and_kept(store: HubStore) -> None:
     reads = Reads()
     file = RemoteFile(store, NAME, reads)

@@ -17,6 +17,7 @@ from hf_wmguard.stores.location import Location, is_location, parse_location
         ("hub://acme/triage/checkpoint-10@main", "acme/triage", "checkpoint-10", "main"),
         ("s3://models", "models", "", None),
         ("s3://models/acme/triage/", "models", "acme/triage", None),
+        ("hub://acme/triage/", "acme/triage", "", None),
         ("s3://models/a@b", "models", "a@b", None),
     ],
 )
