@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -43,7 +45,7 @@ from hf_wmguard.container.asking import asking
 from hf_wmguard.errors import EnvironmentFault, WmguardError
 from hf_wmguard.hardening import switch_off_core_dumps
 
-_INTERRUPTED = 130
+_INTERRUPTED, _FAULT = 130, 70
 _WHOLE = "the output folder is whole or does not exist"
 # What an interrupted command leaves behind, where it writes anything.
 _LEFT = {
@@ -224,6 +226,7 @@ app.add_typer(storage, name="storage")
 def main() -> None:
     """Run the command line; every error of ours becomes two lines on stderr and the exit code of its class."""
     switch_off_core_dumps()
+    sys.excepthook = _end_by_fault
     try:
         with asking(ask_passphrase):
             app()
@@ -235,6 +238,14 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _complain(f"{where}{error.strerror or type(error).__name__}", "check the path, its permissions and free space")
         sys.exit(EnvironmentFault.exit_code)
+
+
+def _end_by_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a run that failed by a fault of this package's own: not with 1, which is a verdict of `verify` and `probe`."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_FAULT)
 
 
 def _complain(message: str, hint: str) -> None:

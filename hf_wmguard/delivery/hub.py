@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -93,6 +93,12 @@ def fetch_card(location: Location, *, token: str | None = None) -> bytes | None:
         return Path(path).read_bytes()
 
 
+def _without_user(url: str) -> str:
+    """Return an address without the name and the password that it may hold."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def push_to_hub(
     parcel: Parcel,
     location: Location,
@@ -150,7 +156,7 @@ def push_to_hub(
         size_bytes=parcel.size_bytes,
         skipped=tuple(name for name in parcel.names if name not in changed),
         left_out=parcel.left_out,
-        url=f"{api.endpoint}/{location.root}/tree/{quote(tag or head.branch, safe='')}"
+        url=f"{_without_user(api.endpoint)}/{location.root}/tree/{quote(tag or head.branch, safe='')}"
         + (f"/{quote(location.path)}" if location.path else ""),
         notes=notes,
     )

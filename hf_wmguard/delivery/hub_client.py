@@ -6,6 +6,7 @@ Endpoint, token and offline mode are the client's: ``HF_ENDPOINT``, ``HF_TOKEN``
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,10 @@ def _named(location: Location, error: BaseException) -> BaseException:
         return cause
     if isinstance(error, OSError) and error.filename:
         return EnvironmentFault(f"cannot read {error.filename}: {error.strerror}", hint="check the file")
+    if isinstance(error, UnicodeEncodeError):
+        return StoreError(f"the token for {location} is none of the Hub's", hint="set HF_TOKEN, or run hf auth login")
+    if isinstance(error, json.JSONDecodeError):
+        return StoreError(f"{location}: the answers are not the Hub's", hint="check HF_ENDPOINT and proxies")
     said = " ".join(str(error).split())
     if isinstance(error, ValueError) and said and "://" not in said:
         return StoreError(f"{location}: {said[:_MAX_SAID_CHARACTERS]}", hint="mend what it names, then push again")

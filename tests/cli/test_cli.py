@@ -602,3 +602,10 @@ def test_help_is_quick_and_the_console_script_is_main() -> None:
         assert command in done.stdout
     (script_of_ours,) = entry_points(group="console_scripts", name="wmguard")
     assert script_of_ours.load() is main
+
+
+def test_a_fault_of_our_own_is_no_verdict(tmp_path: Path) -> None:
+    program = "import sys; from hf_wmguard.cli import main as cli; cli.app = lambda: 1 / 0; cli.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (70, "")
+    assert "ZeroDivisionError" in done.stderr
