@@ -241,7 +241,7 @@ def main() -> None:
 
 
 def _end_by_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End a run that failed by a fault of this package's own: not with 1, which is a verdict of `verify` and `probe`."""
+    """End a run that failed by a fault of this package: not with 1, which is a verdict of `verify` and `probe`."""
     sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()
