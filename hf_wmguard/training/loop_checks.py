@@ -38,6 +38,11 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     trained = {id(parameter) for parameter in checked.parameters() if parameter.requires_grad}
     if not trained:
         raise UnsupportedError("the model is frozen: there is nothing to mark", hint="train some of its parameters")
+    if config.quality is not None:
+        raise UnsupportedError(
+            "quality is measured by a Trainer, of which a loop of your own has none",
+            hint="set quality to null, and compare your own metric before the marked phase and after guard.finish()",
+        )
     if config.signature is not None:
         backend_of(checked)
     if not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):

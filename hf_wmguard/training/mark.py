@@ -229,8 +229,10 @@ class Mark:
             self._signature.after_optimizer(self._step, rests=rests)
 
     def skip_step(self) -> None:
-        """Count an optimizer step that a loss scaler skipped. Nothing moves; the steps after it make up for it."""
+        """Count an optimizer step that a loss scaler skipped. Nothing moves but what ends the ramp; later steps do."""
         self._step += 1
+        if self._signature is not None:
+            self._signature.after_optimizer(self._step, rests=True)
 
     def finish(self) -> None:
         """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""
