@@ -160,14 +160,15 @@ class S3Place:
                 if wait_s is None or attempt == _PATIENCE - 1:
                     raise refusal(self._where(request), error.operation_name, response) from None
                 time.sleep(wait_s)
-            except self._failed as error:
+            except (self._failed, RecursionError) as error:
+                # The client asks again in the region that a redirection names, and again, where none is named: until
+                # the stack ends, which it may report as a failure of its own.
+                if isinstance(getattr(error, "kwargs", {}).get("error", error), RecursionError):
+                    raise StoreError(
+                        f"{self._where(request)} redirects without saying where the bucket is",
+                        hint="check AWS_REGION and AWS_ENDPOINT_URL_S3: https and not http, and no other server",
+                    ) from None
                 raise failure(self._where(request), error) from None
-            except RecursionError:
-                # The client asks again in the region that a redirection names, and again, where none is named.
-                raise StoreError(
-                    f"{self._where(request)} redirects without saying where the bucket is",
-                    hint="check AWS_REGION and AWS_ENDPOINT_URL_S3: https and not http, and no other server",
-                ) from None
         raise StoreError(f"{self.location} was not asked", hint="this is a mistake in hf-wmguard: report it")
 
     def pages(self, operation: str, **request: Any) -> Iterator[Any]:
