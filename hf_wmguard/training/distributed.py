@@ -66,6 +66,11 @@ def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[tup
             "DeepSpeed with tensor or sequence parallelism",
             "use data parallelism alone",
         ),
+        (
+            trainer.args.load_best_model_at_end,
+            "load_best_model_at_end under DeepSpeed, whose masters would keep the last weights",
+            "save the last model",
+        ),
         (isinstance(trainer.model, PeftModel), "an adapter under DeepSpeed", "train it with DDP"),
         (
             form == "gradient",
