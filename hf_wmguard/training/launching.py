@@ -14,6 +14,7 @@ import torch
 from hf_wmguard.errors import UnsupportedError
 
 _USE_CPU = "ACCELERATE_USE_CPU"
+_SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 def started() -> int:
@@ -26,7 +27,9 @@ def join_on_cpus() -> None:
 
     Call it before the Accelerator or the TrainingArguments are made.
     """
-    if started() > 1 and not torch.cuda.is_available():
+    shards = any(os.environ.get(name, "").lower() == "true" for name in _SHARDING)
+    # accelerate would drop DeepSpeed and FSDP for DDP, without a word.
+    if started() > 1 and not shards and not torch.cuda.is_available():
         os.environ.setdefault(_USE_CPU, "true")
 
 

@@ -89,8 +89,9 @@ def disorder(call: str, what: str, hint: str) -> UsageError:
 class AddedGradient:
     """Watches one parameter's gradient from where it was added to the end of the backwards that must add to it.
 
-    Whatever sets gradients to zero in the usual way takes the tensor off the parameter. DDP may do so as well, once
-    the backward has added to it (``gradient_as_bucket_view``), so the first look is taken in the backward itself.
+    Whatever sets gradients to zero in the usual way takes the tensor off the parameter. With
+    ``gradient_as_bucket_view`` DDP puts a view with the same values in its place, in its forward or after its backward.
+    A look at the beginning of each backward sees a view then, and nothing where gradients were set to zero.
 
     Args:
         model: The model, whose gradients were just added.
@@ -116,5 +117,5 @@ class AddedGradient:
     def _look(self, gradient: Tensor) -> None:
         if self._parameter is not None:
             own = self._parameter.grad
-            self._lost |= own is None if self._reached else own is not self._gradient
+            self._lost |= own is None or not (self._reached or own is self._gradient or own._is_view())
             self._reached = True
