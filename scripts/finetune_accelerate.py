@@ -89,10 +89,15 @@ def main() -> None:
         else make.from_pretrained(args.model_name_or_path)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader(args, tokenizer))
+    with accelerator.main_process_first():
+        # The others read what the first one has prepared.
+        loader = make_loader(args, tokenizer)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     max_steps = args.epochs * steps_per_epoch
-    scheduler = accelerator.prepare(get_linear_schedule_with_warmup(optimizer, max_steps // 20, max_steps))
+    # accelerate takes a step of the schedule for every process.
+    steps = max_steps * accelerator.num_processes
+    scheduler = accelerator.prepare(get_linear_schedule_with_warmup(optimizer, steps // 20, steps))
 
     guard = Guard(
         watermark,
@@ -132,6 +137,7 @@ def main() -> None:
                     accelerator.save_state(str(Path(args.output_dir) / f"checkpoint-{guard.step}"))
     manifest = guard.save(args.output_dir)
     accelerator.print(f"{args.output_dir}: mark {manifest.state}, {manifest.signature}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

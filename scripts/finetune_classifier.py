@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
 from hf_wmguard import protect_trainer
 from hf_wmguard.metrics import load_metric
@@ -44,10 +45,13 @@ class Arguments:
     test_split: str = "test"
     max_length: int = field(default=128, metadata={"help": "tokens of a text that are read"})
     from_scratch: bool = field(default=False, metadata={"help": "make new weights from the model's config"})
+    fsdp_size: int = field(default=1, metadata={"help": "split the model over so many processes, by FSDP2"})
 
 
 def main() -> None:
     args, training, watermark = parse_arguments(Arguments, TrainingArguments)
+    if args.from_scratch and args.fsdp_size > 1:
+        raise SystemExit("error: a model that is split is loaded\nhint: add --from_scratch false and the model's name")
     set_seed(training.seed)
     data = load_dataset(args.dataset_name, args.dataset_config)
     train = data[args.train_split]
@@ -63,8 +67,11 @@ def main() -> None:
         label2id={str(name): number for name, number in numbers.items()},
     )
     make = AutoModelForSequenceClassification
+    split = DistributedConfig(fsdp_size=args.fsdp_size) if args.fsdp_size > 1 else None
     model = (
-        make.from_config(config) if args.from_scratch else make.from_pretrained(args.model_name_or_path, config=config)
+        make.from_config(config)
+        if args.from_scratch
+        else make.from_pretrained(args.model_name_or_path, config=config, distributed_config=split)
     )
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -72,7 +79,8 @@ def main() -> None:
         encoded = tokenizer(rows[args.text_column], truncation=True, max_length=args.max_length)
         return {**encoded, "labels": labels if isinstance(feature, ClassLabel) else [numbers[one] for one in labels]}
 
-    data = data.map(encode, batched=True, remove_columns=train.column_names)
+    with training.main_process_first():
+        data = data.map(encode, batched=True, remove_columns=train.column_names)
     metric = load_metric("accuracy")
 
     def accuracy(prediction: EvalPrediction) -> Any:

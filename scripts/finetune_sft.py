@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.distributed import DistributedConfig
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from hf_wmguard import protect_trainer
@@ -27,6 +28,7 @@ class Arguments:
     """What TRL's command has no name for."""
 
     from_scratch: bool = field(default=False, metadata={"help": "make new weights from the model's config"})
+    fsdp_size: int = field(default=1, metadata={"help": "split the model over so many processes, by FSDP2"})
 
 
 def main() -> None:
@@ -34,6 +36,8 @@ def main() -> None:
     set_seed(training.seed)
     name = model_args.model_name_or_path
     data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+    if args.from_scratch and args.fsdp_size > 1:
+        raise SystemExit("error: a model that is split is loaded\nhint: add --from_scratch false and the model's name")
     if args.from_scratch:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
     else:
@@ -43,6 +47,7 @@ def main() -> None:
             attn_implementation=model_args.attn_implementation,
             dtype=model_args.dtype,
             quantization_config=get_quantization_config(model_args),
+            distributed_config=DistributedConfig(fsdp_size=args.fsdp_size) if args.fsdp_size > 1 else None,
         )
     trainer = SFTTrainer(
         model=model,

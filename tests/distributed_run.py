@@ -27,14 +27,11 @@ from tiny import (
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_wmguard import protect_trainer
+from hf_wmguard import Guard, protect_trainer
 from hf_wmguard.config import SignatureConfig, TriggerConfig, WatermarkConfig
-from hf_wmguard.container.owner import load_owner
 from hf_wmguard.protect import ProtectedWriter
 from hf_wmguard.suspects.plaintext import PlaintextFinder
-from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.ranks import Ranks
-from hf_wmguard.training.saving import guard_saves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,29 +164,22 @@ def main() -> None:
     report(root, trainer.model, recorder.saved, logged[-1] if logged else {})
 
 
-def _never(*arguments: Any) -> None:
-    raise NotImplementedError("nothing is pushed here")
-
-
 def train_by_hand(model: Any, tokenizer: Any, config: WatermarkConfig, folder: Path) -> dict[str, float]:
     """Train without a Trainer, on the same rows on every process, as tensor parallelism wants it."""
-    mark = Mark(config, load_owner(config.owner_key))
-    guard_saves(model, mark.save, push=_never)
     rows = make_rows("causal_lm", tokenizer, make_texts())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    mark.begin(model, tokenizer, max_steps=16, steps_per_epoch=8, step=0)
-    for step in range(16):
-        batch = {key: torch.tensor([row[key] for row in rows[step % 8 * 8 :][:8]]) for key in rows[0]}
-        mark.before_step(model)
-        model(**batch).loss.backward()
-        mark.before_optimizer()
-        optimizer.step()
-        mark.after_step(model, optimizer)
-        optimizer.zero_grad()
-    mark.finish()
-    mark.check_ranks(model)
-    model.save_pretrained(folder)
-    return mark.metrics()
+    settings = {"processing_class": tokenizer, "max_steps": 16, "steps_per_epoch": 8}
+    with Guard(config, model, optimizer, **settings) as guard:
+        for step in range(16):
+            batch = {key: torch.tensor([row[key] for row in rows[step % 8 * 8 :][:8]]) for key in rows[0]}
+            guard.before_accumulation()
+            model(**batch).loss.backward()
+            guard.after_backward()
+            optimizer.step()
+            guard.after_step()
+            optimizer.zero_grad()
+    guard.save(folder)
+    return guard.metrics()
 
 
 def report(root: Path, model: Any, saved: dict[int, dict[str, Tensor]], log: dict[str, float]) -> None:

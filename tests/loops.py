@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from tiny import digest_weights
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
@@ -29,10 +31,10 @@ def new_accelerator(**settings: Any) -> Accelerator:
     return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION, **settings)
 
 
-def make_loader(rows: list[dict[str, Any]]) -> DataLoader[Any]:
+def make_loader(rows: list[dict[str, Any]], *, batch: int = BATCH) -> DataLoader[Any]:
     """Return the rows in batches, always in the same order."""
     columns = [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
-    return DataLoader(columns, batch_size=BATCH)  # type: ignore[arg-type]
+    return DataLoader(columns, batch_size=batch)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Loop:
         settings: Of the accelerator.
         scaler: The accelerator's loss scaler, as it would have one on a GPU in fp16.
         guarding: Other arguments of the guard.
+        processes: How many train it together, by DDP.
+        rank: Which of them this is.
     """
 
     model: PreTrainedModel
@@ -58,10 +62,12 @@ class Loop:
     settings: dict[str, Any] = field(default_factory=dict)
     scaler: Any = None
     guarding: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    rank: int = 0
 
     def __post_init__(self) -> None:
         self.max_steps = self.epochs * STEPS_PER_EPOCH
-        self.loader: Any = make_loader(self.rows)
+        self.loader: Any = make_loader(self.rows, batch=BATCH // self.processes)
         self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.scheduler: Any = get_linear_schedule_with_warmup(self.optimizer, 0, 2 * self.max_steps)
         self.accelerator: Accelerator | None = None
@@ -74,6 +80,10 @@ class Loop:
             self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
                 self.model, self.optimizer, self.loader, self.scheduler
             )
+        elif self.processes > 1:
+            distributed.init_process_group("gloo")
+            self.model = DistributedDataParallel(self.model)  # type: ignore[assignment]
+            self.loader = make_loader(self.rows[self.rank :: self.processes], batch=BATCH // self.processes)
 
     def protect(self, config: WatermarkConfig) -> Guard:
         """Guard the loop."""

@@ -3,7 +3,8 @@
 ``save_state`` collects weights, asks its hooks, then writes the weights that are left and the state of every optimizer.
 The hook writes the model encrypted under the canonical names and leaves no weights over. The state of the optimizer
 goes through its own ``state_dict``, which `hf_wmguard.training.optimizer` has shadowed. ``save_model`` writes weights
-without asking the model, and is shadowed on the accelerator.
+without asking the model, and is shadowed on the accelerator. So are ``save_state`` and ``load_state`` themselves: where
+several processes train, one that fails tells the others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 
 from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.training.loop_checks import check_prepared, unwrapped
+from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model
 
 _HOOKS = "_wmguard_hooks"
@@ -62,9 +64,21 @@ def guard_accelerator(
 
     for handle in getattr(accelerator, _HOOKS, ()):
         handle.remove()
+    plain: Any = type(accelerator)
+
+    def save_state(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        # Each process writes a part of it: its random numbers.
+        with Ranks.current().together("saving the state"):
+            return plain.save_state(accelerator, output_dir, *args, **kwargs)
+
+    def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        with Ranks.current().together("loading the state"):
+            plain.load_state(accelerator, input_dir, *args, **kwargs)
+
     handles = (
         accelerator.register_save_state_pre_hook(before_save),
         accelerator.register_load_state_pre_hook(before_load),
     )
     setattr(accelerator, _HOOKS, handles)
-    accelerator.save_model = save_model
+    own: Any = accelerator
+    own.save_model, own.save_state, own.load_state = save_model, save_state, load_state

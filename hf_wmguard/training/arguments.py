@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 
 from hf_wmguard.config import WatermarkConfig, read_yaml
 from hf_wmguard.errors import ConfigError
+from hf_wmguard.training.launching import join_on_cpus
 
 SECTION = "watermark"
 _PREFIX = f"--{SECTION}."
@@ -23,7 +24,8 @@ def parse_arguments(*kinds: type[Any], argv: Sequence[str] | None = None) -> tup
 
     The file has the fields of all dataclasses on its top level, as TRL's commands read it, and the watermark's config
     under ``watermark``. The command line wins: ``--learning_rate 1e-4``, ``--watermark.signature.budget 0.02``.
-    A command line that makes no sense ends the program, as argparse does it.
+    A command line that makes no sense ends the program, as argparse does it. On a machine without a GPU, processes that
+    a launcher started together are joined: ``ACCELERATE_USE_CPU`` is set, which they need to hear of each other.
 
     Args:
         kinds: Dataclasses, such as `transformers.TrainingArguments`.
@@ -34,6 +36,7 @@ def parse_arguments(*kinds: type[Any], argv: Sequence[str] | None = None) -> tup
         NotFoundError: The file cannot be read.
         ConfigError: It is no mapping, has a name that nobody knows, or says nothing of the watermark.
     """
+    join_on_cpus()
     rest, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
     # Without abbreviations: --con must not be taken for it.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

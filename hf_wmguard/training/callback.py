@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -22,13 +20,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
-from hf_wmguard.container.recipients import X25519Identity, load_recipient, seal_recipients
 from hf_wmguard.delivery.checking import check_place
 from hf_wmguard.delivery.results import Pushed
-from hf_wmguard.errors import EnvironmentFault, ManifestError, UnsavedRunError, UnsupportedError, UsageError
-from hf_wmguard.evidence.manifest import MANIFEST_NAME, check_free_for
+from hf_wmguard.errors import EnvironmentFault, UnsavedRunError, UnsupportedError, UsageError
+from hf_wmguard.evidence.manifest import check_free_for
 from hf_wmguard.hardening import hold, release
-from hf_wmguard.loading import read_state_dict
 from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved, save_finished
@@ -38,9 +34,10 @@ from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.merging import guard_merge
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.pushing import TrainerPushes
+from hf_wmguard.training.reading import read_weights
 from hf_wmguard.training.saving import Model, Save, guard_saves
-from hf_wmguard.training.sharded import is_sharded, load_whole
-from hf_wmguard.training.support import check_arguments, check_model
+from hf_wmguard.training.schedule import count_steps
+from hf_wmguard.training.support import check_arguments, check_model, check_recipients
 from hf_wmguard.training.swapping import swapped, watch_saves
 
 _logger = logging.getLogger(__name__)
@@ -65,10 +62,7 @@ class WatermarkCallback(TrainerCallback):
     def __init__(self, config: WatermarkConfig) -> None:
         self.config = config
         self.mark = Mark(config, load_owner(config.owner_key))
-        recipients = [load_recipient(reference) for reference in config.protection.recipients]
-        if recipients:
-            # A key that is never used: what refuses to wrap must say so now, not at the first save.
-            seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
+        check_recipients(config)
         destination = config.protection.destination
         self._destination = parse_location(destination) if destination and is_location(destination) else None
         self._pushes: TrainerPushes | None = None
@@ -142,23 +136,7 @@ class WatermarkCallback(TrainerCallback):
             self._optimizer.follow(folder, manifest)
 
     def _load(self, folder: Path, model: Any) -> None:
-        if not (folder / MANIFEST_NAME).is_file():
-            # Fail closed: whoever can put a plaintext checkpoint here could put other weights under the mark.
-            raise ManifestError(
-                f"checkpoint {folder} has no manifest: it is not protected, or its save was interrupted",
-                hint="resume from an encrypted checkpoint of this run, or start a new run from the plaintext weights",
-            )
-        owner = self.mark.owner
-        tensors = read_state_dict(folder, (X25519Identity.from_owner(owner),), signer=owner.signing_key().public_key())
-        if isinstance(model, PeftModel):
-            result = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
-        elif is_sharded(model):
-            result = load_whole(model, tensors)
-        else:
-            result = model.load_state_dict(tensors, strict=False)
-        # An adapter's checkpoint lacks the base's weights, as it should.
-        if self._trainer is not None and not isinstance(model, PeftModel):
-            self._trainer._issue_warnings_after_load(result)
+        read_weights(folder, model, self.mark.owner)
         self.mark.resumed_from(folder)
 
     def on_train_begin(
@@ -191,7 +169,7 @@ class WatermarkCallback(TrainerCallback):
             model,
             kwargs.get("processing_class"),
             max_steps=state.max_steps,
-            steps_per_epoch=_steps_per_epoch(kwargs.get("train_dataloader"), args),
+            steps_per_epoch=count_steps(kwargs.get("train_dataloader"), args.gradient_accumulation_steps),
             step=state.global_step,
             data=kwargs.get("train_dataloader"),
         )
@@ -312,14 +290,6 @@ class WatermarkCallback(TrainerCallback):
         if not self.mark.saved and not (self._gate is not None and self._gate.is_breached):
             error = self._unsaved()
             print(f"error: {type(error).__name__}: {error.message}\nhint: {error.hint}", file=sys.stderr)
-
-
-def _steps_per_epoch(dataloader: Any, args: TrainingArguments) -> int | None:
-    try:
-        batches = len(dataloader)
-    except TypeError:
-        return None
-    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallback:

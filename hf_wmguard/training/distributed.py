@@ -23,10 +23,15 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
     Raises:
         UnsupportedError: Such a kind is on.
     """
-    told = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(trainer.args.fsdp)
+    told = _is_on("ACCELERATE_USE_FSDP") or bool(trainer.args.fsdp)
     refused: list[tuple[Any, str, str]] = [
         (trainer.is_fsdp_enabled, "accelerate's FSDP, whose checkpoints are plaintext", _NATIVE),
         (told, "accelerate's FSDP, which runs as DDP on CPUs without a word", _NATIVE),
+        (
+            _is_on("ACCELERATE_USE_DEEPSPEED") and not trainer.is_deepspeed_enabled,
+            "accelerate's DeepSpeed, which runs as DDP on CPUs without a word",
+            "start it on GPUs, or without DeepSpeed",
+        ),
         (
             trainer.args.deepspeed and not trainer.is_deepspeed_enabled,
             "DeepSpeed that was asked for after the Trainer was made",
@@ -38,6 +43,10 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[tuple[Any, str, str]]:
@@ -65,6 +74,11 @@ def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[tup
             "tensor_parallel" in settings or settings.get("sequence_parallel_size", 1) > 1,
             "DeepSpeed with tensor or sequence parallelism",
             "use data parallelism alone",
+        ),
+        (
+            trainer.args.load_best_model_at_end,
+            "load_best_model_at_end under DeepSpeed, whose masters would keep the last weights",
+            "save the last model",
         ),
         (isinstance(trainer.model, PeftModel), "an adapter under DeepSpeed", "train it with DDP"),
         (

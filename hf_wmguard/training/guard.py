@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import weakref
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
@@ -24,15 +23,18 @@ from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.suspects.protected import OPTIMIZER_NAME
 from hf_wmguard.training.accelerate_state import guard_accelerator
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved
-from hf_wmguard.training.loop_checks import check_loop, check_recipients
+from hf_wmguard.training.loop_checks import check_loop
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.optimizer import OptimizerGuard
+from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights
 from hf_wmguard.training.saving import Model, Save, guard_saves
+from hf_wmguard.training.schedule import count_steps
+from hf_wmguard.training.sharded import is_sharded
+from hf_wmguard.training.step_order import StepOrder, disorder
+from hf_wmguard.training.support import check_recipients
 
 _logger = logging.getLogger(__name__)
-# Where a loop is within one optimizer step: before it, while gradients come together, right before optimizer.step().
-Stage = Literal["between", "gathering", "stepping"]
 
 
 class Guard:
@@ -56,6 +58,10 @@ class Guard:
 
     In the micro-steps of an accumulation the calls do nothing, or nothing twice. In plain PyTorch, call
     ``after_backward`` and ``after_step`` once per optimizer step, around it.
+
+    Where several processes train (DDP; in plain PyTorch also a model that lies in parts), make the guard on all of
+    them when the process group is there, and make every call on all of them. The main process writes; a failure on
+    one is an error on each.
 
     Before the marked phase the loop does bit by bit what it does without a guard. From the moment the guard is made,
     ``model.save_pretrained``, ``accelerator.save_state`` and ``accelerator.save_model`` write ciphertext. What else
@@ -104,6 +110,7 @@ class Guard:
         self.config = config
         self.model: Model = check_loop(config, model, optimizer, accelerator)
         self.mark = Mark(config, load_owner(config.owner_key))
+        self.mark.ranks = self._ranks = Ranks.current()
         check_recipients(config)
         allow_public, destination = config.protection.allow_public, config.protection.destination
         self._destination = parse_location(destination) if destination and is_location(destination) else None
@@ -119,10 +126,10 @@ class Guard:
         self._processing_class = processing_class
         self._max_steps = max_steps
         self._data = dataloader
-        self._steps_per_epoch = steps_per_epoch or _count_steps(dataloader, accelerator)
-        self._stage: Stage = "between"
+        accumulation = accelerator.gradient_accumulation_steps if accelerator is not None else 1
+        self._steps_per_epoch = steps_per_epoch or count_steps(dataloader, accumulation)
+        self._order = StepOrder()
         self._begun = self._finished = self._holding = False
-        self._gradient: tuple[nn.Parameter, Tensor] | None = None
         self._saved: Manifest | None = None
         self._state = OptimizerGuard(self.mark.owner, hide_names=config.protection.hide_names)
         self._state.guard(optimizer)
@@ -162,16 +169,13 @@ class Guard:
             CapacityError, NonFiniteWeightError, RegistryError, UnsupportedError: As `Mark.begin`, at the first step.
         """
         if self._finished:
-            raise _disorder("before_accumulation", "the guard has finished", "make a new guard for another run")
-        if self._stage == "stepping":
-            raise _disorder("before_accumulation", "after_step is missing", "call after_step after optimizer.step()")
-        if self._stage == "gathering":
+            raise disorder("before_accumulation", "the guard has finished", "make a new guard for another run")
+        if not self._order.begin():
             return
         self._check_state_written()
         self._begin(0)
-        self._stage = "gathering"
-        added = self.mark.before_step(self.model)
-        self._gradient = self._any_gradient() if added else None
+        if self.mark.before_step(self.model):
+            self._order.watch(self.model)
 
     def after_backward(self) -> None:
         """Add the signature's gradient where that is its form: when gradients are complete, after any clipping.
@@ -181,19 +185,7 @@ class Guard:
         """
         if not self._is_last_microstep():
             return
-        if self._stage != "gathering":
-            missing = "before_accumulation" if self._stage == "between" else "after_step"
-            raise _disorder(
-                "after_backward", f"{missing} is missing", "call the three once each per optimizer step, in this order"
-            )
-        if self._gradient is not None and self._gradient[0].grad is not self._gradient[1]:
-            raise _disorder(
-                "after_backward",
-                "gradients were set to zero since before_accumulation, and with them the triggers'",
-                "call zero_grad after after_step, or before before_accumulation",
-            )
-        self._gradient = None
-        self._stage = "stepping"
+        self._order.complete()
         self.mark.before_optimizer()
 
     def after_step(self, *, skipped: bool | None = None) -> None:
@@ -207,12 +199,7 @@ class Guard:
         """
         if not self._is_last_microstep():
             return
-        if self._stage != "stepping":
-            missing = "before_accumulation" if self._stage == "between" else "after_backward"
-            raise _disorder(
-                "after_step", f"{missing} is missing", "call the three once each per optimizer step, in this order"
-            )
-        self._stage = "between"
+        self._order.end()
         if skipped is None:
             skipped = self._accelerator is not None and self._accelerator.optimizer_step_was_skipped
         if skipped:
@@ -223,25 +210,32 @@ class Guard:
     def save(self, folder: str | Path, *, resumable: bool = False) -> Manifest:
         """Write the model as ciphertext, with its processing class and a signed manifest.
 
+        Of several processes, all must call it: the main one writes, the others wait for it.
+
         Args:
             folder: Where to.
             resumable: Write the optimizer's state too, encrypted for the owner alone, so that `resume` can read it.
         Returns:
-            What was signed: state of the mark, bit error rate as read back from the files.
+            What was signed, on every process: state of the mark, bit error rate as read back from the files.
         Raises:
             UsageError: Between ``optimizer.step()`` and `after_step`.
+            UnsupportedError: ``resumable``, and the model lies in parts on several processes.
             OwnershipError: The folder holds another owner's or another model.
             NonFiniteWeightError: A weight is NaN or Inf.
+            EnvironmentFault: It failed on another process, or weights have drifted apart.
         """
         folder = Path(folder)
-        manifest = self._save_model(folder)
-        if self._processing_class is not None:
-            self._processing_class.save_pretrained(folder)
-        if resumable:
-            self._state.write(folder, manifest, self._optimizer.state_dict())
-        else:
-            # One of an older save: it fits these weights no more.
-            (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
+        manifest = self._save_model(folder, resumable=resumable)
+        with self._ranks.together(f"saving {folder}"):
+            if not self._ranks.is_main:
+                return manifest
+            if self._processing_class is not None:
+                self._processing_class.save_pretrained(folder)
+            if resumable:
+                self._state.write(folder, manifest, self._optimizer.state_dict())
+            else:
+                # One of an older save: it fits these weights no more.
+                (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
         return manifest
 
     def resume(self, folder: str | Path) -> int:
@@ -258,14 +252,17 @@ class Guard:
             NotFoundError: It holds no state of the optimizer.
             ConfigError: It was written with another config, or belongs to another run.
             RegistryError: The registry has no commitment of that run.
+            EnvironmentFault: It failed on another process.
         """
         folder = Path(folder)
-        if not (folder / OPTIMIZER_NAME).is_file():
-            raise NotFoundError(
-                f"{folder} holds no state of an optimizer", hint="resume from guard.save(folder, resumable=True)"
-            )
+        with self._ranks.together(f"reading {folder}"):
+            if not (folder / OPTIMIZER_NAME).is_file():
+                raise NotFoundError(
+                    f"{folder} holds no state of an optimizer", hint="resume from guard.save(folder, resumable=True)"
+                )
         self._load_model(folder)
-        self._optimizer.load_state_dict(self._state.read(folder))
+        with self._ranks.together(f"reading {folder}"):
+            self._optimizer.load_state_dict(self._state.read(folder))
         return self.step
 
     def finish(self) -> None:
@@ -284,12 +281,17 @@ class Guard:
         if not self._begun:
             _logger.warning("no step was taken: %s is not marked", self.config.model_id)
             return
-        self._stage = "between"
+        self._order.reset()
         self.mark.finish()
-        if self._finished_folder is not None:
-            self.save(self._finished_folder)
-        if self._finished_folder is not None and self._destination is not None:
-            deliver_folder(self._finished_folder, self._destination, allow_public=self.config.protection.allow_public)
+        self.mark.check_ranks(self.model)
+        folder, destination = self._finished_folder, self._destination
+        if folder is None:
+            return
+        self.save(folder)
+        if destination is not None:
+            with self._ranks.together(f"delivering to {destination}"):
+                if self._ranks.is_main:
+                    deliver_folder(folder, destination, allow_public=self.config.protection.allow_public)
 
     def _begin(self, step: int) -> None:
         if self._begun:
@@ -315,18 +317,24 @@ class Guard:
     def _is_last_microstep(self) -> bool:
         return self._accelerator is None or bool(self._accelerator.sync_gradients)
 
-    def _any_gradient(self) -> tuple[nn.Parameter, Tensor] | None:
-        # Backward adds to this tensor in place; whatever sets it to zero in the usual way takes it off the parameter.
-        return next(((one, one.grad) for one in self.model.parameters() if one.grad is not None), None)
-
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
         self._saved = self.mark.save(model, plain_save, folder, kwargs)
 
-    def _save_model(self, folder: Path) -> Manifest:
-        if self._stage == "stepping":
-            raise _disorder("save", "after_step is missing", "save after after_step, or before before_accumulation")
+    def _save_model(self, folder: Path, *, resumable: bool) -> Manifest:
+        if resumable and is_sharded(self.model):
+            raise UnsupportedError(
+                "the state of an optimizer that lies in parts on several processes is not saved by this version",
+                hint="call guard.save(folder) without resumable=True",
+            )
+        with self._ranks.together(f"saving {folder}"):
+            self._order.check_save()
+        self.mark.check_ranks(self.model)
         self._saved = None
-        self.model.save_pretrained(str(folder))
+        with self._ranks.together(f"saving {folder}"):
+            self.model.save_pretrained(str(folder))
+        return self._ranks.from_main(f"saving {folder}", self._what_was_saved)
+
+    def _what_was_saved(self) -> Manifest:
         if self._saved is None:
             raise UnsupportedError(
                 "the model's save_pretrained has been replaced since the guard was made",
@@ -335,13 +343,24 @@ class Guard:
         return self._saved
 
     def _save_state(self, folder: Path) -> None:
-        self._state.follow(folder, self._save_model(folder))
+        self._state.follow(folder, self._save_model(folder, resumable=True), writes=self._ranks.is_main)
 
     def _load_state(self, folder: Path) -> None:
         self._load_model(folder)
         self._state.expect(folder)
 
     def _load_model(self, folder: Path) -> None:
+        with self._ranks.together(f"reading {folder}"):
+            step = self._read_model(folder)
+        self._order.reset()
+        self._finished = False
+        if step or self.mark.committed is not None:
+            # Now, and not at the next step: another config or registry is refused before anything goes on.
+            self._release()
+            self._begun = False
+            self._begin(step)
+
+    def _read_model(self, folder: Path) -> int:
         self._check_free(folder)
         read_weights(folder, self.model, self.mark.owner)
         manifest, _ = read_manifest(folder, signer=self.mark.owner.signing_key().public_key())
@@ -357,12 +376,7 @@ class Guard:
                 hint="resume in a new process, or from a checkpoint of this run",
             )
         self.mark.resumed_from(folder)
-        self._stage, self._finished = "between", False
-        if manifest.step or committed is not None:
-            # Now, and not at the next step: another config or registry is refused before anything goes on.
-            self._release()
-            self._begun = False
-            self._begin(manifest.step)
+        return manifest.step
 
     def _check_free(self, folder: Path) -> None:
         check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
@@ -376,18 +390,6 @@ class Guard:
 
     def __repr__(self) -> str:
         return f"Guard({self.config.model_id!r}, step={self.step}, state={self.mark.state!r})"
-
-
-def _count_steps(dataloader: Any, accelerator: Accelerator | None) -> int | None:
-    try:
-        batches = len(dataloader)
-    except TypeError:
-        return None
-    return max(1, math.ceil(batches / (accelerator.gradient_accumulation_steps if accelerator is not None else 1)))
-
-
-def _disorder(call: str, what: str, hint: str) -> UsageError:
-    return UsageError(f"guard.{call}() came out of order: {what}", hint=hint)
 
 
 def _report_unsaved(reference: weakref.ref[Guard]) -> None:

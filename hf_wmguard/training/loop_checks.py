@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_wmguard.config import WatermarkConfig
-from hf_wmguard.container.recipients import load_recipient, seal_recipients
 from hf_wmguard.errors import UnsupportedError, UsageError
 from hf_wmguard.probing.tasks import task_of
+from hf_wmguard.training.launching import check_joined
+from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model, inner_model
-from hf_wmguard.training.sharded import backend_of
+from hf_wmguard.training.sharded import backend_of, is_sharded
 from hf_wmguard.training.support import check_model
+from hf_wmguard.training.zero import uses_zero
 from hf_wmguard.watermark.triggers import TEXT_TASKS
 
 
@@ -83,18 +83,6 @@ def check_prepared(accelerator: Accelerator, model: Model, optimizer: Any) -> No
         )
 
 
-def check_recipients(config: WatermarkConfig) -> None:
-    """Wrap a key that is never used: what refuses to wrap must say so now, not at the first save.
-
-    Raises:
-        KeyFormatError, NotFoundError: A recipient cannot be read.
-        AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
-    """
-    recipients = [load_recipient(reference) for reference in config.protection.recipients]
-    if recipients:
-        seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside what ``accelerator.prepare`` or ``torch.compile`` put around it."""
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -102,22 +90,36 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | None) -> None:
+    check_joined(int(accelerator.num_processes) if accelerator is not None else Ranks.current().size)
     kind = accelerator.distributed_type if accelerator is not None else DistributedType.NO
-    processes = _processes(accelerator)
+    inner, name = unwrapped(model), type(_inner(optimizer)).__name__
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    deepspeed = kind == DistributedType.DEEPSPEED or uses_zero(inner) or type(model).__name__ == "DeepSpeedEngine"
+    whole = isinstance(model, FullyShardedDataParallel) or kind == DistributedType.FSDP
+    by_itself = getattr(getattr(inner, "config", None), "distributed_config", None) is not None
     refused: list[tuple[bool, str, str]] = [
-        (kind == DistributedType.DEEPSPEED, "DeepSpeed, which writes plaintext partitions", "use one process"),
-        (kind == DistributedType.FSDP, "FSDP, which writes plaintext shards", "use one process"),
-        (kind not in known, f"accelerate's {kind.value}", "use one CPU or CUDA device"),
-        (processes > 1, "more than one process", "start one process"),
+        (deepspeed, "DeepSpeed, which writes plaintext partitions", "use DDP, or a Trainer with protect_trainer"),
         (
-            int(os.environ.get("WORLD_SIZE", "1")) > processes,
-            "several processes that know nothing of each other and would write the same files",
-            "start one process; on CPUs set ACCELERATE_USE_CPU=true, so that accelerate joins them",
+            whole,
+            "FSDP, which writes plaintext shards",
+            "use DDP, or in plain PyTorch a model that splits itself: "
+            "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))",
         ),
-        (isinstance(model, nn.DataParallel), "torch.nn.DataParallel", "use one device"),
+        (kind not in known, f"accelerate's {kind.value}", "use CPUs or CUDA devices"),
         (
-            "schedulefree" in type(_inner(optimizer)).__name__.lower(),
+            is_sharded(inner) and not by_itself,
+            "fully_shard around a model, whose save_pretrained does not know of it",
+            "split it with from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))",
+        ),
+        (is_sharded(inner) and accelerator is not None, "accelerate with a model in parts", "use plain PyTorch for it"),
+        (isinstance(model, nn.DataParallel), "torch.nn.DataParallel", "use DistributedDataParallel"),
+        (
+            name == "ZeroRedundancyOptimizer",
+            "an optimizer of which each process has a part of the state",
+            "use an optimizer that is the same on all of them",
+        ),
+        (
+            "schedulefree" in name.lower(),
             "a schedule-free optimizer, which trains other weights than it saves",
             "use another optimizer",
         ),
@@ -125,13 +127,6 @@ def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | No
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
-
-
-def _processes(accelerator: Accelerator | None) -> int:
-    if accelerator is not None:
-        return int(accelerator.num_processes)
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _inner(optimizer: Any) -> Any:

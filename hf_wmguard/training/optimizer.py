@@ -45,7 +45,7 @@ class OptimizerGuard:
     def __init__(self, owner: OwnerKey, *, hide_names: bool = False) -> None:
         self._owner = owner
         self._hide_names = hide_names
-        self._checkpoint: tuple[Path, Manifest] | None = None
+        self._checkpoint: tuple[Path, Manifest, bool] | None = None
         self._reading: Path | None = None
         self._expected: Path | None = None
 
@@ -59,8 +59,9 @@ class OptimizerGuard:
         def state_dict() -> Any:
             if self._checkpoint is None:
                 return plain_state()
-            (folder, manifest), self._checkpoint = self._checkpoint, None
-            self.write(folder, manifest, plain_state())
+            (folder, manifest, writes), self._checkpoint = self._checkpoint, None
+            if writes:
+                self.write(folder, manifest, plain_state())
             return {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
 
         def load_state_dict(state: Any) -> Any:
@@ -69,9 +70,15 @@ class OptimizerGuard:
 
         optimizer.state_dict, optimizer.load_state_dict = state_dict, load_state_dict
 
-    def follow(self, folder: Path, manifest: Manifest) -> None:
-        """Note that the model's weights have just been saved in a checkpoint, whose optimizer state comes next."""
-        self._checkpoint = (folder, manifest)
+    def follow(self, folder: Path, manifest: Manifest, *, writes: bool = True) -> None:
+        """Note that the model's weights have just been saved in a checkpoint, whose optimizer state comes next.
+
+        Args:
+            folder: The checkpoint.
+            manifest: Its manifest.
+            writes: Whether this process writes the state; where it does not, it keeps it back all the same.
+        """
+        self._checkpoint = (folder, manifest, writes)
 
     def finish(self, folder: Path) -> None:
         """Check, when the Trainer has written a checkpoint, that no state in it went past the guard.

@@ -84,6 +84,7 @@ class Ranks:
                 result = [action()]
         if self.size > 1:
             distributed.broadcast_object_list(result, src=0)
+            _let_go()
         return result[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
@@ -92,6 +93,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
+        _let_go()
         return values
 
     def check_same(self, what: str, value: str, *, hint: str) -> None:
@@ -120,6 +122,16 @@ class Ranks:
         for one in values:
             distributed.all_reduce(one)
             one.div_(self.size)
+
+
+def _let_go() -> None:
+    """Wait until gloo's own thread has let go of the Python objects of what was just sent.
+
+    It needs the interpreter's lock for that. Who ends the process group at once, as at the end of a script, holds the
+    lock and waits for the thread (torch 2.13): the process would hang. A barrier gives the lock away and has none.
+    """
+    if distributed.get_backend() == "gloo":
+        distributed.barrier()
 
 
 def _summary(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.backends import ADAPTER
 from hf_wmguard.training.saving import Model
+from hf_wmguard.training.sharded import is_sharded, load_whole, local
 
 
 def read_weights(folder: Path, model: Model, owner: OwnerKey) -> None:
@@ -39,7 +40,7 @@ def read_weights(folder: Path, model: Model, owner: OwnerKey) -> None:
         result = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
         wrong = result.unexpected_keys
     else:
-        result = model.load_state_dict(tensors, strict=False)
+        result = load_whole(model, tensors) if is_sharded(model) else model.load_state_dict(tensors, strict=False)
         wrong = [*result.unexpected_keys, *_not_read(model, tensors, result.missing_keys)]
     if wrong:
         raise UnsupportedError(
@@ -50,7 +51,9 @@ def read_weights(folder: Path, model: Model, owner: OwnerKey) -> None:
 
 def _not_read(model: Any, tensors: Mapping[str, Tensor], missing: list[str]) -> list[str]:
     """Return those of the missing names that are not tied to one that was read, and are saved at all."""
-    weights = model.state_dict(keep_vars=True)
+    weights = {name: local(one) for name, one in model.state_dict(keep_vars=True).items() if isinstance(one, Tensor)}
     read = {weights[name].data_ptr() for name in tensors if name in weights}
     never_saved = set(model._keys_to_ignore_on_save or ())
-    return [name for name in missing if weights[name].data_ptr() not in read and name not in never_saved]
+    return [
+        name for name in missing if name in weights and weights[name].data_ptr() not in read and name not in never_saved
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 _logger = logging.getLogger(__name__)
 State = Literal["pending", "ramping", "complete"]
@@ -87,3 +87,17 @@ class Ramp:
         if step <= self.phase.start:
             return "pending"
         return "complete" if step >= self.full else "ramping"
+
+
+def count_steps(dataloader: Any, accumulation: int) -> int | None:
+    """Return the optimizer steps of an epoch, None for data without a length.
+
+    Args:
+        dataloader: As this process goes through it.
+        accumulation: Batches of a step.
+    """
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return None
+    return max(1, math.ceil(batches / accumulation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from peft import PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_wmguard.config import WatermarkConfig
+from hf_wmguard.container.recipients import load_recipient, seal_recipients
 from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
 from hf_wmguard.training.backends import ADAPTER
+from hf_wmguard.training.launching import check_joined
 from hf_wmguard.training.saving import Model
 from hf_wmguard.training.sharded import is_sharded, local
 
@@ -96,6 +100,7 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
     Raises:
         UnsupportedError: Such a mode is on.
     """
+    check_joined(args.world_size)
     refused: list[tuple[Any, str, str]] = [
         (
             args.world_size > 1 and not attached,
@@ -129,6 +134,18 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
             "load_best_model_at_end has to read encrypted checkpoints back, which a bare callback cannot do",
             hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         )
+
+
+def check_recipients(config: WatermarkConfig) -> None:
+    """Wrap a key that is never used: what refuses to wrap must say so now, not at the first save.
+
+    Raises:
+        KeyFormatError, NotFoundError: A recipient cannot be read.
+        AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
+    """
+    recipients = [load_recipient(reference) for reference in config.protection.recipients]
+    if recipients:
+        seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
 
 
 def _accelerate_shards() -> bool:

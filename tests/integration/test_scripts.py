@@ -14,7 +14,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from tiny import digest_weights, make_keys
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_wmguard import load_protected
 from hf_wmguard.cli import main as cli
@@ -135,22 +135,77 @@ def test_an_unknown_name_stops_a_script_before_training(tmp_path: Path, start: S
 @pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero3"])
 def test_accelerate_reads_the_config(name: str) -> None:
     config: Any = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
-    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "MULTI_GPU", "zero3": "DEEPSPEED"}
     assert config.distributed_type == kinds[name]
     assert config.num_processes == (1 if name == "single" else 2)
 
 
-def test_the_ddp_config_starts_two_processes_on_a_cpu(tmp_path: Path, start: Start) -> None:
-    config = (ROOT / "configs" / "accelerate" / "ddp.yaml").read_text()
-    # What the file itself says to change on a machine without a GPU, and a port that is free.
-    config = config.replace("use_cpu: false", "use_cpu: true") + "main_process_port: 0\n"
-    (tmp_path / "ddp.yaml").write_text(config)
-    (tmp_path / "count.py").write_text(
-        "from accelerate import Accelerator\na = Accelerator()\nprint('processes', a.num_processes)\na.end_training()\n"
-    )
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "ddp.yaml"))
-    done = start(str(tmp_path / "count.py"), launcher=launcher, ACCELERATE_USE_CPU="true")
-    assert done.stdout.count("processes 2") == 2
+LAUNCH = ("-m", "accelerate.commands.launch", "--config_file")
+BY_SCRIPT: dict[str, tuple[str, ...]] = {
+    "accelerate": (
+        "--config",
+        "configs/loop.yaml",
+        "--batch_size",
+        "80",
+        "--max_length",
+        "8",
+        "--checkpoint_every",
+        "14",
+    ),
+    "classifier": ("--config", "configs/classifier.yaml", "--max_steps", "12", "--save_strategy", "steps"),
+    "sft": ("--config", "configs/sft.yaml", "--max_steps", "8", "--save_strategy", "steps"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["accelerate", pytest.param("classifier", marks=pytest.mark.slow), pytest.param("sft", marks=pytest.mark.slow)],
+)
+def test_the_ddp_config_starts_two_processes_on_a_cpu(
+    name: str, tmp_path: Path, start: Start, check_saved: CheckSaved
+) -> None:
+    more = {"classifier": ("--save_steps", "6", "--test_split", "none"), "sft": ("--save_steps", "4")}.get(name, ())
+    out = tmp_path / "out"
+    launcher = (*LAUNCH, "configs/accelerate/ddp.yaml")
+    start(f"scripts/finetune_{name}.py", *BY_SCRIPT[name], *more, "--output_dir", str(out), launcher=launcher)
+    kind = AutoModelForSequenceClassification if name == "classifier" else AutoModelForCausalLM
+    check_saved(out, kind)
+    # One of the random numbers of each process, of two that knew of each other.
+    assert {path.name.rpartition("_")[2][0] for path in out.glob("checkpoint-*/*_[0-9].p*")} == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_the_fsdp2_config_splits_a_model_on_cpus(tmp_path: Path, start: Start, check_saved: CheckSaved) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    config = AutoConfig.from_pretrained(ROOT / "examples" / "tiny_llama")
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_llama").save_pretrained(base)
+    settings = ["--from_scratch", "false", "--model_name_or_path", str(base), "--output_dir", str(out)]
+    settings += ["--fsdp_size", "2", "--save_only_model", "true", "--save_steps", "4"]
+    launcher = (*LAUNCH, "configs/accelerate/fsdp2.yaml")
+    start("scripts/finetune_sft.py", *BY_SCRIPT["sft"], *settings, launcher=launcher)
+    check_saved(out, AutoModelForCausalLM)
+
+
+def test_processes_that_know_nothing_of_each_other_do_not_train(tmp_path: Path, start: Start) -> None:
+    # What a user's own script is, on a machine without a GPU: nobody tells accelerate.
+    (tmp_path / "own.py").write_text(OWN)
+    launcher = (*LAUNCH, "configs/accelerate/ddp.yaml")
+    where = json.dumps({"model_id": "acme/own", "owner_key": f"file:{tmp_path / 'keys' / 'owner.key'}"})
+    done = start(str(tmp_path / "own.py"), str(tmp_path / "out"), where, launcher=launcher, code=1)
+    assert done.stderr.count("UnsupportedError: training mode is not supported by this version: of 2 processes") == 2
+    assert "ACCELERATE_USE_CPU=true" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+OWN = """
+import json, sys
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from hf_wmguard import WatermarkConfig, protect_trainer
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("examples/tiny_llama"))
+trainer = Trainer(model=model, args=TrainingArguments(output_dir=sys.argv[1], report_to="none"))
+protect_trainer(trainer, WatermarkConfig.from_dict(json.loads(sys.argv[2])))
+"""
 
 
 def test_the_tiny_model_is_what_its_script_makes(tmp_path: Path) -> None:
