@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -102,7 +102,8 @@ class AddedGradient:
         self._gradient = self._parameter.grad if self._parameter is not None else None
         self._reached = self._lost = False
         # Of a leaf: called before its gradient is added to.
-        self._handle = self._parameter.register_hook(self._look) if self._parameter is not None else None
+        parameter: Any = self._parameter
+        self._handle = parameter.register_hook(self._look) if parameter is not None else None
 
     def is_lost(self) -> bool:
         """Return whether it was set to zero; the watch ends."""
