@@ -59,8 +59,8 @@ class Guard:
     In the micro-steps of an accumulation the calls do nothing, or nothing twice. In plain PyTorch, call
     ``after_backward`` and ``after_step`` once per optimizer step, around it.
 
-    Where several processes train (DDP; in plain PyTorch also a model in parts), make the guard, after the process group,
-    and every call on all of them. The main one writes; a failure on one is an error on each.
+    Where several processes train (DDP; in plain PyTorch also a model in parts), make the guard and every call on all of
+    them, after the process group. The main one writes; a failure on one is an error on each.
 
     Before the marked phase the loop does bit by bit what it does without a guard. From the moment the guard is made,
     ``model.save_pretrained``, ``accelerator.save_state`` and ``accelerator.save_model`` write ciphertext. What else
