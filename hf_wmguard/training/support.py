@@ -108,7 +108,11 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
             "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         ),
         # One process could overflow where another does not, and the mark would rest on one of them alone.
-        (args.fp16 and args.world_size > 1, "fp16 loss scaling on several processes", "use bf16=True"),
+        (
+            args.world_size > 1 and "fp16" in (args.fp16 and "fp16", args.mixed_precision),
+            "fp16 loss scaling on several processes",
+            "use bf16=True",
+        ),
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
         (
             not attached and (args.deepspeed or args.fsdp or _accelerate_shards()),
