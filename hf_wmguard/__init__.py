@@ -10,7 +10,8 @@ The tour:
 * `protect_folder(...)` encrypts a finished model from folder to folder, without loading it.
 * `verify(suspect, ...)` judges a suspect by its weights, `probe(model, ...)` by its answers; both give an exact or
   proven p-value in a `Report`.
-* `load_protected(folder, ...)` brings a protected folder into memory.
+* `load_protected(folder, ...)` brings a protected folder into memory, also one on the Hub or in S3.
+* ``hf_wmguard.delivery.pushing.push`` and ``pulling.pull`` take protected folders to the Hub or S3, and back.
 * `WmguardError` is the root of every error.
 """
 

@@ -251,7 +251,7 @@ class ProtectedFile:
     def _work(self, queue: Queue[tuple[_Target, int]], progress: Progress | None) -> None:
         scratch = self._scratch()
         for _, (target, chunk) in queue:
-            self._decrypt_chunk(target, chunk, scratch)
+            self._open_chunk(target, chunk, self._read_chunks(target.extent, range(chunk, chunk + 1), scratch))
             if progress is not None:
                 start, stop = target.extent.stream.span(chunk)
                 start, stop = max(start, target.start), min(stop, target.start + len(target.out))
@@ -263,21 +263,36 @@ class ProtectedFile:
         return memoryview(bytearray(min(self._chunk_bytes, largest) + TAG_BYTES))
 
     def _decrypt(self, name: str, start_byte: int, out: memoryview) -> None:
-        target, scratch = self._target(name, start_byte, out), self._scratch()
+        target = self._target(name, start_byte, out)
+        sealed_bytes = self._chunk_bytes + TAG_BYTES
+        # A file elsewhere is asked for several chunks at a time.
+        at_once = max(1, min(self._file.read_bytes // sealed_bytes, len(target.chunks)))
+        scratch = self._scratch() if at_once == 1 else memoryview(bytearray(at_once * sealed_bytes))
         try:
-            for chunk in target.chunks:
-                self._decrypt_chunk(target, chunk, scratch)
+            for first in target.chunks[::at_once]:
+                chunks = range(first, min(first + at_once, target.chunks.stop))
+                sealed = self._read_chunks(target.extent, chunks, scratch)
+                for number, chunk in enumerate(chunks):
+                    self._open_chunk(target, chunk, sealed[number * sealed_bytes :][:sealed_bytes])
         except BaseException:
             # A failed tag leaves unauthenticated plaintext behind, and half a tensor must not pass for one.
             wipe(out)
             raise
 
-    def _decrypt_chunk(self, target: _Target, chunk: int, scratch: memoryview) -> None:
+    def _read_chunks(self, extent: Extent, chunks: range, scratch: memoryview) -> memoryview:
+        """Return the ciphertext of neighbouring chunks, tags included, read into ``scratch``."""
+        stream = extent.stream
+        last = chunks[-1]
+        start, stop = stream.span(last)
+        begin = stream.offset(chunks[0])
+        sealed = scratch[: stream.offset(last) + stop - start + TAG_BYTES - begin]
+        self._file.read_into(sealed, self._data_start + extent.offset_bytes + begin)
+        return sealed
+
+    def _open_chunk(self, target: _Target, chunk: int, sealed: memoryview) -> None:
         """Decrypt what one chunk has of the range that fills ``target.out``."""
         extent, stream = target.extent, target.extent.stream
         start, stop = stream.span(chunk)
-        sealed = scratch[: stop - start + TAG_BYTES]
-        self._file.read_into(sealed, self._data_start + extent.offset_bytes + stream.offset(chunk))
         begin, end = max(start, target.start), min(stop, target.start + len(target.out))
         whole = (begin, end) == (start, stop)
         # Whole chunks are decrypted where they belong; of one at an end of the range only a part is wanted.

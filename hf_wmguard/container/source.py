@@ -29,6 +29,10 @@ class Source(Protocol):
     def closed(self) -> bool:
         """Whether it can be read no more."""
 
+    @property
+    def read_bytes(self) -> int:
+        """As many bytes are well read at a time: many where each read is a question to a server."""
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer from an offset.
 
@@ -52,6 +56,8 @@ class LocalFile:
         FormatError: Something else of that name.
         EnvironmentFault: No permission.
     """
+
+    read_bytes = 0
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -57,6 +57,7 @@ class _VersionFile:
     bucket: str
     version: _Version
     closed: bool = False
+    read_bytes: int = 0
 
     @property
     def name(self) -> str:

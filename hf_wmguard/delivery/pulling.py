@@ -21,6 +21,7 @@ from hf_wmguard.evidence.manifest import (
     check_files,
     check_sizes,
     read_manifest,
+    without_nested,
 )
 from hf_wmguard.evidence.signing import load_signer
 from hf_wmguard.folders import check_new_folder, resumable_folder
@@ -109,8 +110,8 @@ def pull(
             names, left_out = _sort_out(store, manifest)
             files = store.files()
             # Sizes, and weight files that nobody signed: known from the listing, before gigabytes are fetched.
-            listing = {name: files[name].size_bytes for name in (*names, *left_out) if name not in _PROOF}
-            check_sizes(Path(temporary), manifest, elsewhere=_own(listing, store))
+            listing = {name: files[name].size_bytes for name in without_nested(files) if name not in _PROOF}
+            check_sizes(Path(temporary), manifest, elsewhere=listing)
         if started is not None:
             started(sum(files[name].size_bytes for name in names))
         with resumable_folder(target, _partial_name(store.location)) as staging:
@@ -160,12 +161,6 @@ def _sort_out(store: Store, manifest: Manifest) -> tuple[list[str], list[str]]:
     kept = {*wanted, *_PROOF}
     left_out = [name for name in files if name not in kept]
     return [*sorted(wanted), *_PROOF], sorted(left_out)
-
-
-def _own(listing: dict[str, int], store: Store) -> dict[str, int]:
-    """Return what belongs to this folder: what lies beside a manifest of its own is judged there."""
-    apart = tuple(name.removesuffix(MANIFEST_NAME) for name in store.files() if name.endswith(f"/{MANIFEST_NAME}"))
-    return {name: size_bytes for name, size_bytes in listing.items() if not name.startswith(apart)}
 
 
 def _partial_name(location: Location) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -50,6 +50,7 @@ __all__ = [
     "digest_file",
     "is_trainer_state",
     "read_manifest",
+    "without_nested",
     "write_manifest",
 ]
 
@@ -146,8 +147,7 @@ def check_sizes(folder: Path, manifest: Manifest, *, elsewhere: Mapping[str, int
     Raises:
         ManifestError: A file is missing or of another size, or a weight file (`WEIGHT_SUFFIXES`) is not
             listed. Subfolders are searched too, except those with a manifest, which are judged on their own, and
-            the staging folder of a save. The state files of the Trainer and of
-            accelerate are no weights.
+            the staging folder of a save. The state files of the Trainer and of accelerate are no weights.
     """
     for entry in manifest.files:
         path = folder / entry.name
@@ -188,6 +188,16 @@ def _weight_files(folder: Path) -> list[str]:
         )
         found += [str((here / name).relative_to(folder)) for name in files if _may_be_weights(name)]
     return sorted(found)
+
+
+def without_nested(names: Collection[str]) -> list[str]:
+    """Return the names that lie below no folder with a manifest of its own, such as a checkpoint: it is judged there.
+
+    Args:
+        names: Of all files of a folder, relative to it, with slashes.
+    """
+    nested = tuple(name.removesuffix(MANIFEST_NAME) for name in names if name.endswith(f"/{MANIFEST_NAME}"))
+    return [name for name in names if not name.startswith(nested)]
 
 
 def _may_be_weights(name: str) -> bool:

@@ -79,7 +79,7 @@ def open_place(where: str | Path, *, revision: str | None = None) -> Iterator[Pl
     else:
         with ExitStack() as stack:
             try:
-                remote = stack.enter_context(open_remote(location))
+                remote = stack.enter_context(open_remote(location, recorded=False))
             except NotFoundError as error:
                 if is_location(where):
                     raise

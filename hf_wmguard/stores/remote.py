@@ -12,6 +12,7 @@ from hf_wmguard.stores.store import Store
 
 _HEAD_BYTES = 256 << 10
 _MAX_HEAD_BYTES = 16 << 20
+_READ_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class RemoteFile:
         self._lock = threading.Lock()
         self._size_bytes = store.files()[path].size_bytes
         self.closed = False
+        self.read_bytes = _READ_BYTES
 
     @property
     def name(self) -> str:

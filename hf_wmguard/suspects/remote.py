@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_wmguard.errors import FormatError, NotFoundError, WmguardError
-from hf_wmguard.evidence.manifest import ENVELOPE_NAME, MANIFEST_NAME, RECIPIENTS_NAME, WEIGHT_SUFFIXES, read_manifest
+from hf_wmguard.evidence.manifest import (
+    ENVELOPE_NAME,
+    MANIFEST_NAME,
+    RECIPIENTS_NAME,
+    WEIGHT_SUFFIXES,
+    read_manifest,
+    without_nested,
+)
 from hf_wmguard.stores.location import Location
 from hf_wmguard.stores.opening import open_store
 from hf_wmguard.stores.remote import Reads, RemoteFile
@@ -54,9 +61,12 @@ class RemoteFolder:
 
 
 @contextmanager
-def open_remote(location: Location) -> Iterator[RemoteFolder]:
+def open_remote(location: Location, *, recorded: bool = True) -> Iterator[RemoteFolder]:
     """Open a folder, or one weight file, that is kept in a store.
 
+    Args:
+        location: Where it is.
+        recorded: Note what is read of the weights, with its digest.
     Raises:
         NotFoundError, StoreError, MissingDependencyError: As `open_store` and `Store.read_into`.
         FormatError: A small file that is not small.
@@ -66,16 +76,14 @@ def open_remote(location: Location) -> Iterator[RemoteFolder]:
         location = replace(location, path=location.path.rpartition("/")[0])
     with open_store(location) as store, tempfile.TemporaryDirectory(prefix="wmguard-") as temporary:
         files, folder, reads = store.files(), Path(temporary), Reads()
-        # A folder with a manifest of its own, such as a checkpoint, is judged on its own.
-        apart = [name.removesuffix(MANIFEST_NAME) for name in files if name.endswith(f"/{MANIFEST_NAME}")]
         here = [name for name in (*_ALWAYS, *_OURS) if name in files]
         _bring(store, here, folder)
         more = [name for name in _listed(folder) if name in files and name not in here and not _is_weights(name)]
         _bring(store, more, folder)
         weights = {
-            name: RemoteFile(store, name, reads)
-            for name in files
-            if _is_weights(name) and not name.startswith(tuple(apart))
+            name: RemoteFile(store, name, reads if recorded else None)
+            for name in without_nested(files)
+            if _is_weights(name)
         }
         if only is not None and only not in weights:
             raise NotFoundError(f"{store.location} has no file {only}", hint="check its name")

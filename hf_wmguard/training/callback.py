@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.merging import guard_merge
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.pushing import TrainerPushes
+from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights
 from hf_wmguard.training.saving import Model, Save, guard_saves
 from hf_wmguard.training.schedule import count_steps
@@ -164,7 +166,9 @@ class WatermarkCallback(TrainerCallback):
         if self._pushes is not None:
             self._pushes.check()
         if self._destination is not None:
-            check_place(self._destination, allow_public=self.config.protection.allow_public)
+            # By one process for all: it may have to make the repo.
+            check = partial(check_place, self._destination, allow_public=self.config.protection.allow_public)
+            Ranks.current().from_main("checking the destination", check)
         self.mark.begin(
             model,
             kwargs.get("processing_class"),

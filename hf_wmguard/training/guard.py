@@ -114,7 +114,9 @@ class Guard:
         allow_public, destination = config.protection.allow_public, config.protection.destination
         self._destination = parse_location(destination) if destination and is_location(destination) else None
         if self._destination is not None:
-            check_place(self._destination, allow_public=allow_public)
+            self._ranks.from_main(
+                "checking the destination", partial(check_place, self._destination, allow_public=allow_public)
+            )
             # Saved here, and sent from here; it stays.
             destination = str(Path(getattr(accelerator, "project_dir", None) or ".") / DELIVERY)
         self._finished_folder = Path(destination) if destination is not None else None
@@ -199,12 +201,7 @@ class Guard:
         if not self._is_last_microstep():
             return
         self._order.end()
-        if skipped is None:
-            skipped = self._accelerator is not None and self._accelerator.optimizer_step_was_skipped
-        if skipped:
-            self.mark.skip_step()
-        else:
-            self.mark.after_step(self.model, self._optimizer)
+        self.mark.after_step(self.model, self._optimizer, skipped=skipped)
 
     def save(self, folder: str | Path, *, resumable: bool = False) -> Manifest:
         """Write the model as ciphertext, with its processing class and a signed manifest.

@@ -219,20 +219,22 @@ class Mark:
         if self._signature is not None and not self.paused:
             self._signature.before_optimizer(self._step + 1)
 
-    def after_step(self, model: Model, optimizer: Any = None) -> None:
-        """Take the trigger step and the signature step that follow an optimizer step."""
+    def after_step(self, model: Model, optimizer: Any = None, *, skipped: bool | None = None) -> None:
+        """Take the trigger step and the signature step that follow an optimizer step.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer.
+            skipped: Whether a loss scaler skipped the step; by default what the optimizer says. Nothing moves then but
+                what ends the ramp; the steps after it make up for it.
+        """
         self._step += 1
-        rests, triggers = self.paused or was_skipped(optimizer), self._triggers
+        rests = self.paused or (was_skipped(optimizer) if skipped is None else skipped)
+        triggers = self._triggers
         if triggers is not None and triggers.is_decoupled and triggers.due(self._step) and not rests:
             triggers.run(inner_model(model), self._step, optimizer, scale=scale_of(optimizer))
         if self._signature is not None:
             self._signature.after_optimizer(self._step, rests=rests)
-
-    def skip_step(self) -> None:
-        """Count an optimizer step that a loss scaler skipped. Nothing moves but what ends the ramp; later steps do."""
-        self._step += 1
-        if self._signature is not None:
-            self._signature.after_optimizer(self._step, rests=True)
 
     def finish(self) -> None:
         """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""

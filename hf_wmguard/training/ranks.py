@@ -109,12 +109,6 @@ class Ranks:
                 hint=hint,
             )
 
-    def sum_(self, values: Tensor) -> Tensor:
-        """Add every rank's values up, in place, and return them: the same bits on every rank."""
-        if self.size > 1:
-            distributed.all_reduce(values)
-        return values
-
     def mean_(self, values: Sequence[Tensor]) -> None:
         """Replace tensors by their means over the ranks, in place; afterwards they are the same bits everywhere."""
         if self.size == 1:
