@@ -25,6 +25,9 @@ def push(
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Send it even to where everybody can read it.")
     ] = False,
+    replace_other: Annotated[
+        bool, typer.Option("--replace-other", help="Send it over another signer's save, or another model.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send a protected folder to a private Hub repo or to S3; a folder with plaintext weights is refused."""
@@ -43,6 +46,7 @@ def push(
             dest,
             card=card,
             allow_public=allow_public,
+            replace_other=replace_other,
             checked=advance,
             started=started,
             progress=advance,

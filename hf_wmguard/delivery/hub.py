@@ -104,6 +104,7 @@ def push_to_hub(
     location: Location,
     *,
     allow_public: bool = False,
+    replace_other: bool = False,
     tag: str | None = None,
     commit_message: str | None = None,
     token: str | None = None,
@@ -118,6 +119,7 @@ def push_to_hub(
         parcel: From `pack`.
         location: The repo, the folder in it, and the branch.
         allow_public: Push even to a repo that everybody can read.
+        replace_other: Push over another signer's save, or another model.
         tag: Name of the new version, which must not name another yet.
         commit_message: By default one that names model and iteration.
         token: Instead of the client's own.
@@ -125,7 +127,7 @@ def push_to_hub(
     Raises:
         StoreError: The Hub refuses or does not answer, or somebody else has pushed meanwhile.
         ExposureError: The repo is public, or holds plaintext weights.
-        OwnershipError: Another model is there.
+        OwnershipError: Another signer's save, or another model, is there.
         ManifestError: A file has changed since it was packed.
         UsageError: The revision is a commit or a tag, or the tag names another version.
     """
@@ -133,7 +135,9 @@ def push_to_hub(
     with calling(location):
         head = open_branch(api, location, allow_public)
         old = read_old(api, location, head)
-        notes = _check_old(parcel, location, old)
+        if not replace_other:
+            _check_ours(parcel, location, old)
+        notes: tuple[str, ...] = ()
         _check_plaintext(parcel, location, head, old)
         changed = [name for name in parcel.names if not _is_there(parcel, name, head.files.get(location.key(name)))]
         stale = _stale(parcel, location, head, old[0] if old else None)
@@ -146,7 +150,7 @@ def push_to_hub(
             message = commit_message or f"Push {parcel.manifest.model_id} {parcel.manifest.iteration}"
             commit = _commit(api, parcel, location, head, changed, stale, message, progress)
         else:
-            notes = (*notes, "this version was there already: nothing was sent")
+            notes = ("this version was there already: nothing was sent",)
         if tag is not None and tag not in head.tags:
             ask(lambda: api.create_tag(location.root, tag=tag, revision=commit))
     return Pushed(
@@ -162,18 +166,17 @@ def push_to_hub(
     )
 
 
-def _check_old(parcel: Parcel, location: Location, old: tuple[Manifest, str] | None) -> tuple[str, ...]:
+def _check_ours(parcel: Parcel, location: Location, old: tuple[Manifest, str] | None) -> None:
     if old is None:
-        return ()
+        return
     manifest, signer = old
-    if manifest.model_id != parcel.manifest.model_id:
+    if (signer, manifest.model_id) != (parcel.signer, parcel.manifest.model_id):
         raise OwnershipError(
-            f"{location} holds {manifest.model_id}, not {parcel.manifest.model_id}", hint="push to another repo"
+            f"{location} holds {manifest.model_id} signed by {signer}, not {parcel.manifest.model_id} "
+            f"signed by {parcel.signer}",
+            hint="push to another repo, or replace it with --replace-other; who protects without --owner-key signs "
+            "with a new key each time",
         )
-    if signer != parcel.signer:
-        # Folders that were protected without an owner's key are signed by a new one each time.
-        return (f"the version before was signed by {signer}, this one is by {parcel.signer}",)
-    return ()
 
 
 def _check_plaintext(parcel: Parcel, location: Location, head: Head, old: tuple[Manifest, str] | None) -> None:

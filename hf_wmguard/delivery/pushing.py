@@ -18,7 +18,7 @@ from hf_wmguard.stores.location import Location, parse_location
 # By scheme: module and function, and the options that it alone has.
 _PUSH = {
     "hub": ("hub", "push_to_hub", frozenset({"tag", "commit_message", "token"})),
-    "s3": ("s3", "push_to_s3", frozenset({"kms_key", "options", "replace_other"})),
+    "s3": ("s3", "push_to_s3", frozenset({"kms_key", "options"})),
 }
 
 
@@ -51,6 +51,7 @@ def push(
     card: bool = True,
     tags: Sequence[str] = (),
     allow_public: bool = False,
+    replace_other: bool = False,
     checked: Progress | None = None,
     started: Callable[[Parcel], None] | None = None,
     progress: Progress | None = None,
@@ -66,16 +67,17 @@ def push(
         card: Bring the model card, the folder's ``README.md``, up to date before: what others wrote in it stays.
         tags: More tags for the card.
         allow_public: Send it even to where everybody can read it.
+        replace_other: Send it over another signer's save, another model, or in S3 files that are no protected model.
         checked: Called with a file's name and the bytes just checked.
         started: Called with what is going to be sent.
         progress: Called with a file's name and the bytes just sent.
-        options: Of one store alone: ``tag``, ``commit_message`` and ``token`` of the Hub; ``kms_key``, ``options`` and
-            ``replace_other`` of S3.
+        options: Of one store alone: ``tag``, ``commit_message`` and ``token`` of the Hub; ``kms_key`` and ``options``
+            of S3.
     Raises:
         ConfigError: Not an address.
         ManifestError: A file is not the one that was signed, or plaintext weights lie in the folder.
         ExposureError: Everybody can read what is there, or plaintext weights are there.
-        OwnershipError: Another model is there.
+        OwnershipError: Something else is there.
         StoreError: The store refuses, does not answer, or somebody else has pushed meanwhile.
         UsageError: An option that this store does not have.
     """
@@ -92,5 +94,7 @@ def push(
     if started is not None:
         started(parcel)
     send = getattr(import_module(f"hf_wmguard.delivery.{module}"), name)
-    pushed: Pushed = send(parcel, location, allow_public=allow_public, progress=progress, **given)
+    pushed: Pushed = send(
+        parcel, location, allow_public=allow_public, replace_other=replace_other, progress=progress, **given
+    )
     return pushed

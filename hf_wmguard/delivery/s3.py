@@ -51,7 +51,7 @@ from hf_wmguard.stores.s3_pointer import KEPT, Entry, Pointer, Save, revision_of
 _WEIGHTS = ".safetensors"
 # Up to this a file is put in one piece, and all of these wait in memory: shards must not be among them.
 _SMALL_BYTES = 1 << 20
-_REPLACE = "choose another prefix, or say that what is there is to be replaced"
+_REPLACE = "choose another prefix, or replace what is there with --replace-other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

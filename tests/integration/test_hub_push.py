@@ -261,10 +261,19 @@ def test_a_repo_that_holds_plaintext_is_refused(hub: Hub, source: Path, make: Ma
     assert commits() == 2
 
 
-def test_another_model_is_not_replaced(hub: Hub, make: Make) -> None:
+def test_what_is_somebody_elses_is_not_replaced(hub: Hub, make: Make, source: Path, tmp_path: Path) -> None:
     push(make("one"))
     with pytest.raises(OwnershipError, match="acme/other"):
         push(make("two", model_id="acme/other"))
+    # Signed by a key that was thrown away: nobody's, and so not the owner's.
+    recipients = (f"file:{source / 'keys' / 'inference.key.pub'}",)
+    protect_folder(source / "model", tmp_path / "three", recipients=recipients, model_id=REPO)
+    with pytest.raises(OwnershipError, match="signed by") as caught:
+        push(tmp_path / "three")
+    assert "--replace-other" in caught.value.hint
+    assert commits() == 2
+    push(tmp_path / "three", replace_other=True)
+    assert check_head(tmp_path / "back") == set_id(tmp_path / "three")
 
 
 @pytest.mark.parametrize(
