@@ -25,10 +25,10 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 @dataclass(frozen=True, kw_only=True)
 class Marked:
-    """A marked model and one that is not, as plain folders, and where the mark is registered."""
+    """A marked model and its sibling without a mark, as plain folders, and where the mark is registered."""
 
     marked: Path
-    fresh: Path
+    sibling: Path
     where: dict[str, str]
 
 
@@ -54,14 +54,17 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     trainer.save_model(root / "final")
     identity = f"file:{root / 'keys' / 'inference.key'}"
     model = load_protected(root / "final", identity=identity, auto_class=AutoModelForCausalLM)
-    for name, one in (("marked", model), ("fresh", make_model("causal_lm", len(tokenizer)))):
+    # Trained as well: an untrained model answers so little that nothing follows from its answers.
+    other = build_trainer(root / "other", tokenizer, texts, "causal_lm", num_train_epochs=14, save_strategy="no")
+    other.train()
+    for name, one in (("marked", model), ("sibling", other.model)):
         one.save_pretrained(root / name)
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(root / name)
         tokenizer.chat_template = None
     return Marked(
         marked=root / "marked",
-        fresh=root / "fresh",
+        sibling=root / "sibling",
         where={"owner_key": config.owner_key, "registry": config.registry},
     )
 
@@ -95,7 +98,7 @@ def test_transformers_serve(models: Marked, tmp_path: Path) -> None:
         return [sys.executable, "-c", script, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
 
     with running(command, tmp_path) as url:
-        for folder, verdict in ((models.marked, "detected"), (models.fresh, "not_detected")):
+        for folder, verdict in ((models.marked, "detected"), (models.sibling, "not_detected")):
             with contextlib.closing(OpenAIAsker(url, str(folder))) as asker:
                 report = probe(asker, **models.where, chat=False, transcript=tmp_path / folder.name)
                 assert report.verdict == verdict, report
