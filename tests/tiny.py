@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -350,3 +351,14 @@ def files_holding(root: Path, needles: list[bytes]) -> list[Path]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and any(needle in data for data in [path.read_bytes()] for needle in needles)
     ]
+
+
+@contextlib.contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """Let the system refuse to write more than this into one file, as a full disk does with another error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -126,7 +126,7 @@ def fetch_all(
                 f"{total} bytes do not fit on the disk of {folder}, which has {disk}", hint="use a larger disk"
             )
         todo = {part.name: part.missing() for part in parts}
-        _check_room(folder, sum(_bytes_of(part, todo[part.name]) for part in parts))
+        check_room(folder, sum(_bytes_of(part, todo[part.name]) for part in parts))
         for part in parts:
             part.left = len(todo[part.name])
             if not part.left:
@@ -163,7 +163,12 @@ def _part(store: Store, name: str, folder: Path, work: Path) -> _Part:
     )
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Check that so many bytes fit into a folder.
+
+    Raises:
+        EnvironmentFault: They do not.
+    """
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
         raise EnvironmentFault(

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 
+from hf_wmguard.delivery.fetching import check_room
 from hf_wmguard.stores.hub_errors import hub_errors
 from hf_wmguard.stores.store import Store
 
@@ -31,10 +32,15 @@ def download(
         progress: Called with a file's name and the bytes just fetched.
     Raises:
         NotFoundError, StoreError: As `hub_errors`.
-        OSError: The disk is full.
+        EnvironmentFault: They do not fit on the disk.
+        OSError: The disk became full.
     """
     location = store.location
     root = folder / _WHOLE if location.path else folder
+    missing = [name for name in names if not (root / location.key(name)).is_file()]
+    # Less what has arrived in part, and lies in the client's own folder.
+    partial = sum(path.stat().st_size for path in (root / _CACHE).rglob("*.incomplete"))
+    check_room(folder, sum(store.files()[name].size_bytes for name in missing) - partial)
     with hub_errors(str(location)):
         snapshot_download(
             location.root,

@@ -50,12 +50,15 @@ Progress = Callable[[str, int], None]
 Stamp = tuple[int, int, int, int]
 
 
-def stamp(path: Path) -> Stamp:
+def stamp(file: Path | int) -> Stamp:
     """Return what changes when a file is replaced or written to: device, inode, size and time of the last change.
 
     The time at which the inode changed is not in it: that of a file with several names changes when one of them goes.
+
+    Args:
+        file: Its path, or a descriptor of it.
     """
-    found = path.stat()
+    found = file.stat() if isinstance(file, Path) else os.fstat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -87,7 +87,7 @@ def hub_errors(where: str) -> Iterator[None]:
         # A transfer by hf_xet that breaks off is one of these.
         raise StoreError(
             f"{where}: the transfer broke off ({type(error).__name__})",
-            hint="run the same command again: what has arrived is not fetched twice",
+            hint="check free space, and run the same command again: what has arrived is not fetched twice",
         ) from None
 
 

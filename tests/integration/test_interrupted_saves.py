@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import Run, excerpts, files_holding
+from tiny import Run, excerpts, files_holding, largest_file
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from hf_wmguard import load_protected, verify
@@ -23,17 +21,6 @@ from hf_wmguard.evidence.manifest import STAGING_PREFIX
 from hf_wmguard.suspects.plaintext import PlaintextFinder
 
 KILLS = 6
-
-
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    """Let the system refuse to write more than this into one file, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from hub import Hub
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from tiny import make_keys, make_model, make_tokenizer, save_protected
+from tiny import largest_file, make_keys, make_model, make_tokenizer, save_protected
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_wmguard.loading  # noqa: F401
@@ -26,6 +27,7 @@ from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.delivery.pulling import PARTIAL_PREFIX, pull
 from hf_wmguard.errors import (
     AuthenticationError,
+    EnvironmentFault,
     FormatError,
     ManifestError,
     NotFoundError,
@@ -359,6 +361,31 @@ def test_a_pull_goes_on_where_it_was(hub: Hub, api: HfApi, marked: Marked, tmp_p
     assert list(tmp_path.glob(f"{PARTIAL_PREFIX}*"))
     pull(f"hub://{REPO}", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize("hub", ["lfs", "xet"], indirect=True)
+def test_a_pull_onto_a_full_disk(hub: Hub, api: HfApi, marked: Marked, tmp_path: Path) -> None:
+    save_protected(marked.model, tmp_path / "model", marked.config, max_shard_size="300KB")
+    upload(api, tmp_path / "model")
+    # What hf_xet says of it is not looked into.
+    with largest_file(100_000), pytest.raises((EnvironmentFault, StoreError), match=r"too large|check free space"):
+        pull(f"hub://{REPO}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # What has arrived is kept, and the same pull goes on with it.
+    pull(f"hub://{REPO}", tmp_path / "out")
+    assert not list(tmp_path.glob(f"{PARTIAL_PREFIX}*"))
+
+
+def test_a_pull_of_more_than_the_disk_holds(
+    hub: Hub, api: HfApi, marked: Marked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_protected(marked.model, tmp_path / "model", marked.config)
+    upload(api, tmp_path / "model")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
+    with pytest.raises(EnvironmentFault, match="has room for 300000 bytes"):
+        pull(f"hub://{REPO}", tmp_path / "out")
+    assert not hub.traffic.matching(r"^GET .*model\.safetensors")
 
 
 def test_a_pull_refuses_what_does_not_verify(api: HfApi, marked: Marked, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from key_servers import Service, serving, write_certificate
 from recording_proxy import recording
 from s3_servers import ENVIRONMENT, Answer, answering, error_answer, make_save, moto_s3
+from tiny import largest_file
 
 from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.delivery.fetching import fetch_all
@@ -319,6 +320,15 @@ def test_a_size_that_lies_costs_nothing(bucket: Any, parcel: Parcel, tmp_path: P
     with pytest.raises(FormatError, match=r"tokenizer_x\.json"):
         pull("s3://models/huge2", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pull_onto_a_full_disk(bucket: Any, parcel: Parcel, tmp_path: Path) -> None:
+    push_to_s3(parcel, parse_location("s3://models/full"))
+    with largest_file(10_000), pytest.raises(EnvironmentFault, match="cannot write into"):
+        pull("s3://models/full", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    pull("s3://models/full", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_names_that_lead_elsewhere_are_not_listed(bucket: Any, tmp_path: Path) -> None:

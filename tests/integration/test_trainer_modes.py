@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kinds import t5
-from tiny import Recorder, build_trainer, digest_weights, make_keys, make_model, make_rows
+from tiny import Recorder, build_trainer, digest_weights, largest_file, make_keys, make_model, make_rows
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -347,17 +345,6 @@ def test_last_epochs_longer_than_the_run(
     assert digest_weights(trainer.model)
 
 
-@contextlib.contextmanager
-def _little_space(size_bytes: int) -> Iterator[None]:
-    """Let no file grow larger: what a full disk does, but for the number of the error."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("size_bytes", [64, 200_000], ids=["the config does not fit", "the weights do not fit"])
 def test_a_full_disk_at_a_save(size_bytes: int, tmp_path: Path, make_trainer: Make, make_config: Make) -> None:
     trainer = make_trainer(num_train_epochs=1, save_strategy="no")
@@ -367,7 +354,7 @@ def test_a_full_disk_at_a_save(size_bytes: int, tmp_path: Path, make_trainer: Ma
     trainer.save_model(str(tmp_path / "final"))
     old = {path: path.read_bytes() for path in (tmp_path / "final").rglob("*")}
     trainer.train()
-    with _little_space(size_bytes), pytest.raises(EnvironmentFault, match="too large") as caught:
+    with largest_file(size_bytes), pytest.raises(EnvironmentFault, match="too large") as caught:
         trainer.model.save_pretrained(tmp_path / "final")
     assert "free space" in caught.value.hint
     assert caught.value.exit_code == 4
