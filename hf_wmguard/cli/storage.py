@@ -16,7 +16,7 @@ from hf_wmguard.cli.output import console, err, print_json, printable
 from hf_wmguard.errors import UsageError
 
 if TYPE_CHECKING:
-    from hf_wmguard.delivery.planning import Plan
+    from hf_wmguard.storage.planning import Plan
 
 storage = typer.Typer(help="Lock a bucket down; list what is open in a bucket or a Hub repo.", no_args_is_help=True)
 EndpointOption = Annotated[
@@ -55,8 +55,8 @@ def lockdown(
 ) -> None:
     """Close a bucket to everyone but those who are named: shown as a plan first, applied after a yes."""
     from hf_wmguard.atomic import write_atomic
-    from hf_wmguard.delivery.lockdown import Lockdown, make_lock
-    from hf_wmguard.delivery.terraform import to_terraform
+    from hf_wmguard.storage.lockdown import Lockdown, make_lock
+    from hf_wmguard.storage.terraform import to_terraform
     from hf_wmguard.stores.location import parse_location
 
     lock = make_lock(
@@ -92,7 +92,7 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """List what is open, the worst first. Exit 0: nothing is, 1: something is."""
-    from hf_wmguard.delivery.audit import audit as look
+    from hf_wmguard.storage.audit import audit as look
     from hf_wmguard.stores.location import parse_location
 
     with err.status(escape(f"looking at {printable(address)}")) as status:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from hf_wmguard.container.disguise import BEGIN_BYTES, begins_like
 from hf_wmguard.container.files import is_protected
-from hf_wmguard.delivery.disguise import BEGIN_BYTES, begins_like
 from hf_wmguard.errors import ManifestError, NotFoundError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,

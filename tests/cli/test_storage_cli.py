@@ -14,7 +14,7 @@ import hcl2
 import pytest
 from s3_server import ACCOUNT, MotoServer, moto_server
 
-from hf_wmguard.delivery.findings import Audit, Finding, make_audit
+from hf_wmguard.storage.findings import Audit, Finding, make_audit
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "storage"
 ADDRESS = "s3://acme-models/triage"

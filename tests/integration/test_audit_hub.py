@@ -16,11 +16,11 @@ from huggingface_hub import CommitOperationDelete, HfApi
 from safetensors.torch import save, save_file
 from transformers import TrainingArguments
 
-from hf_wmguard.delivery.audit import audit
-from hf_wmguard.delivery.findings import Finding
-from hf_wmguard.delivery.leaks import MAX_PICKLE_BYTES, secrets_in_pickle, secrets_in_text
 from hf_wmguard.errors import NotFoundError
 from hf_wmguard.protection import protect_folder
+from hf_wmguard.storage.audit import audit
+from hf_wmguard.storage.findings import Finding
+from hf_wmguard.storage.leaks import MAX_PICKLE_BYTES, secrets_in_pickle, secrets_in_text
 from hf_wmguard.stores.location import parse_location
 
 REPO = "acme/triage"

@@ -14,10 +14,10 @@ import torch
 from s3_server import ACCOUNT, MotoServer, moto_server
 
 from hf_wmguard.container.files import FileContext, TensorData, write_protected
-from hf_wmguard.delivery.audit import audit
-from hf_wmguard.delivery.findings import Finding
-from hf_wmguard.delivery.lockdown import Lockdown, make_lock
 from hf_wmguard.errors import ConfigError, NotFoundError, StoreError, UsageError
+from hf_wmguard.storage.audit import audit
+from hf_wmguard.storage.findings import Finding
+from hf_wmguard.storage.lockdown import Lockdown, make_lock
 from hf_wmguard.stores.location import parse_location
 
 READER, WRITER = f"arn:aws:iam::{ACCOUNT}:role/inference", f"arn:aws:iam::{ACCOUNT}:role/trainer"

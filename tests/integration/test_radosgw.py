@@ -17,9 +17,9 @@ from botocore.exceptions import ClientError
 from iam import BUCKET, Asker, may
 from radosgw import Gateway, gateway, missing_programs
 
-from hf_wmguard.delivery.bucket import read_settings, write_setting
-from hf_wmguard.delivery.lockdown import make_lock
-from hf_wmguard.delivery.planning import make_plan
+from hf_wmguard.storage.bucket import read_settings, write_setting
+from hf_wmguard.storage.lockdown import make_lock
+from hf_wmguard.storage.planning import make_plan
 from hf_wmguard.stores.location import parse_location
 
 pytestmark = [

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from iam import BUCKET, Asker, may
 
-from hf_wmguard.delivery.bucket import Settings
-from hf_wmguard.delivery.lockdown import make_lock
-from hf_wmguard.delivery.planning import make_plan
-from hf_wmguard.delivery.policy import MAX_POLICY_BYTES, abort_rule, bucket_policy
-from hf_wmguard.delivery.principals import is_caller, parse_principal
-from hf_wmguard.delivery.statements import denies_others, is_public, requires_tls
 from hf_wmguard.errors import ConfigError
+from hf_wmguard.storage.bucket import Settings
+from hf_wmguard.storage.lockdown import make_lock
+from hf_wmguard.storage.planning import make_plan
+from hf_wmguard.storage.policy import MAX_POLICY_BYTES, abort_rule, bucket_policy
+from hf_wmguard.storage.principals import is_caller, parse_principal
+from hf_wmguard.storage.statements import denies_others, is_public, requires_tls
 from hf_wmguard.stores.location import parse_location
 
 ACCOUNT = "111122223333"

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_wmguard.delivery.policy import SID_PREFIX, Statement
+from hf_wmguard.storage.policy import SID_PREFIX, Statement
 
 # Conditions on fixed values of these keep a statement from being public. Source: Amazon S3 User Guide, "Blocking public
 # access to your Amazon S3 storage", section "The meaning of 'public'".

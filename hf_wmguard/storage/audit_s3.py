@@ -7,13 +7,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_wmguard.delivery.aws import DENIED, UNSUPPORTED, ask, read_body
-from hf_wmguard.delivery.bucket import Settings, read_settings
-from hf_wmguard.delivery.contents import judge_file, judge_manifest, needs_reading
-from hf_wmguard.delivery.findings import Audit, Finding, make_audit
-from hf_wmguard.delivery.planning import aborts_uploads
-from hf_wmguard.delivery.policy import OWNERSHIP, PUBLIC_ACCESS_BLOCK
-from hf_wmguard.delivery.statements import (
+from hf_wmguard.errors import NotFoundError, StoreError
+from hf_wmguard.storage.aws import DENIED, UNSUPPORTED, ask, read_body
+from hf_wmguard.storage.bucket import Settings, read_settings
+from hf_wmguard.storage.contents import judge_file, judge_manifest, needs_reading
+from hf_wmguard.storage.findings import Audit, Finding, make_audit
+from hf_wmguard.storage.planning import aborts_uploads
+from hf_wmguard.storage.policy import OWNERSHIP, PUBLIC_ACCESS_BLOCK
+from hf_wmguard.storage.statements import (
     denies_others,
     is_ours,
     is_public,
@@ -22,7 +23,6 @@ from hf_wmguard.delivery.statements import (
     sid_of,
     statements_of,
 )
-from hf_wmguard.errors import NotFoundError, StoreError
 from hf_wmguard.stores.location import Location
 from hf_wmguard.stores.s3 import S3Options, s3_client
 from hf_wmguard.stores.store import StoredFile
@@ -86,7 +86,7 @@ class _VersionFile:
 
 
 def audit_s3(location: Location, endpoint_url: str | None, note: Callable[[str], None]) -> Audit:
-    """Return what is open of a bucket and under a prefix; see `hf_wmguard.delivery.audit.audit`."""
+    """Return what is open of a bucket and under a prefix; see `hf_wmguard.storage.audit.audit`."""
     with closing(s3_client(S3Options(endpoint_url=endpoint_url))) as client:
         note("settings")
         settings = read_settings(client, location.root)

@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from hf_wmguard.delivery.contents import judge_file, judge_manifest, needs_reading
-from hf_wmguard.delivery.findings import Audit, Finding, make_audit
 from hf_wmguard.errors import NotFoundError, StoreError
+from hf_wmguard.storage.contents import judge_file, judge_manifest, needs_reading
+from hf_wmguard.storage.findings import Audit, Finding, make_audit
 from hf_wmguard.stores.hub import HubStore
 from hf_wmguard.stores.hub_errors import hub_errors
 from hf_wmguard.stores.location import Location
@@ -20,7 +20,7 @@ _SHORT = 8
 
 
 def audit_hub(location: Location, note: Callable[[str], None]) -> Audit:
-    """Return what is open of a repo; see `hf_wmguard.delivery.audit.audit`."""
+    """Return what is open of a repo; see `hf_wmguard.storage.audit.audit`."""
     api, repo = HfApi(), Location(scheme="hub", root=location.root)
     note("who can read it")
     with hub_errors(str(repo)):

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
-from hf_wmguard.delivery.aws import ask
-from hf_wmguard.delivery.bucket import read_settings, write_setting
-from hf_wmguard.delivery.planning import Plan, make_plan
-from hf_wmguard.delivery.policy import Lock
-from hf_wmguard.delivery.principals import Principal, parse_principal
 from hf_wmguard.errors import ConfigError, NotFoundError, StoreError, UsageError
+from hf_wmguard.storage.aws import ask
+from hf_wmguard.storage.bucket import read_settings, write_setting
+from hf_wmguard.storage.planning import Plan, make_plan
+from hf_wmguard.storage.policy import Lock
+from hf_wmguard.storage.principals import Principal, parse_principal
 from hf_wmguard.stores.location import Location
 from hf_wmguard.stores.s3 import S3Options, s3_client
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from hf_wmguard.delivery.bucket import SETTINGS, Settings
-from hf_wmguard.delivery.policy import (
+from hf_wmguard.storage.bucket import SETTINGS, Settings
+from hf_wmguard.storage.policy import (
     ABORT_DAYS,
     OWNERSHIP,
     PUBLIC_ACCESS_BLOCK,
@@ -20,8 +20,8 @@ from hf_wmguard.delivery.policy import (
     bucket_policy,
     encryption_of,
 )
-from hf_wmguard.delivery.principals import is_caller
-from hf_wmguard.delivery.statements import is_ours, is_public, principals_of, sid_of, statements_of
+from hf_wmguard.storage.principals import is_caller
+from hf_wmguard.storage.statements import is_ours, is_public, principals_of, sid_of, statements_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Change:
     """One setting that is not as it should be.
 
     Args:
-        setting: One of `hf_wmguard.delivery.bucket.SETTINGS`.
+        setting: One of `hf_wmguard.storage.bucket.SETTINGS`.
         before: As it is, in the words of S3's API; None where nothing is set.
         after: As it will be.
     """

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_wmguard.delivery.aws import DENIED, UNSUPPORTED, ask
 from hf_wmguard.errors import StoreError
+from hf_wmguard.storage.aws import DENIED, UNSUPPORTED, ask
 
 # In the order in which they are applied: first what closes something and can lock nobody out, so that a failure on
 # the way leaves the bucket more closed than before, and still in its administrator's hands. The ACL is emptied before

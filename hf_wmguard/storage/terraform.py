@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from hf_wmguard.delivery.planning import Plan
-from hf_wmguard.delivery.policy import ABORT_DAYS, RULE_ID
+from hf_wmguard.storage.planning import Plan
+from hf_wmguard.storage.policy import ABORT_DAYS, RULE_ID
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

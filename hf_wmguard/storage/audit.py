@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hf_wmguard.delivery.findings import Audit
+from hf_wmguard.storage.findings import Audit
 from hf_wmguard.stores.location import Location
 
 
@@ -25,9 +25,9 @@ def audit(
     """
     note = progress or (lambda what: None)
     if location.scheme == "hub":
-        from hf_wmguard.delivery.audit_hub import audit_hub
+        from hf_wmguard.storage.audit_hub import audit_hub
 
         return audit_hub(location, note)
-    from hf_wmguard.delivery.audit_s3 import audit_s3
+    from hf_wmguard.storage.audit_s3 import audit_s3
 
     return audit_s3(location, endpoint_url, note)

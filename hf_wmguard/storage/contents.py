@@ -6,11 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 
+from hf_wmguard.container.disguise import BEGIN_BYTES, begins_like
 from hf_wmguard.container.files import is_protected
 from hf_wmguard.container.source import Source
-from hf_wmguard.delivery.disguise import BEGIN_BYTES, begins_like
-from hf_wmguard.delivery.findings import Finding
-from hf_wmguard.delivery.leaks import holds_no_tensors, secrets_in_pickle, secrets_in_text
 from hf_wmguard.errors import IntegrityError, ManifestError
 from hf_wmguard.evidence.manifest import (
     ENVELOPE_NAME,
@@ -22,6 +20,8 @@ from hf_wmguard.evidence.manifest import (
 )
 from hf_wmguard.evidence.records import MAX_MANIFEST_BYTES
 from hf_wmguard.evidence.signing import MAX_ENVELOPE_BYTES, open_envelope
+from hf_wmguard.storage.findings import Finding
+from hf_wmguard.storage.leaks import holds_no_tensors, secrets_in_pickle, secrets_in_text
 from hf_wmguard.stores.store import StoredFile
 
 MAX_TEXT_BYTES = 1 << 20

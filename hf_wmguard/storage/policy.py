@@ -5,7 +5,7 @@ else is denied, whatever the account's own IAM allows them.
 
 Why nobody is locked out by accident:
 
-- Whoever runs the command must be one of the administrators (`hf_wmguard.delivery.lockdown` asks STS), whom no
+- Whoever runs the command must be one of the administrators (`hf_wmguard.storage.lockdown` asks STS), whom no
   statement but the one on TLS denies anything, and must ask over TLS.
 - The store itself refuses a policy that names a role or user that does not exist.
 - The root user of the account that owns the bucket can always read, write and delete the policy, whatever it says
@@ -25,8 +25,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_wmguard.delivery.principals import Principal
 from hf_wmguard.errors import ConfigError
+from hf_wmguard.storage.principals import Principal
 
 SID_PREFIX = "Wmguard"
 RULE_ID = "wmguard-abort-incomplete-uploads"
