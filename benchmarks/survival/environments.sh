@@ -15,7 +15,7 @@ packages() {
         quant) echo "torch transformers==5.23.* accelerate bitsandbytes==0.50.* torchao==0.18.* optimum-quanto==0.2.7" ;;
         gptq) echo "torch llmcompressor==0.14.*" ;;
         merge) echo "torch mergekit==0.1.5" ;;
-        llama) echo "torch transformers==5.23.* gguf==0.19.* sentencepiece protobuf llama-cpp-python==0.3.36" ;;
+        llama) echo "torch transformers==5.23.* gguf==0.19.* sentencepiece protobuf llama-cpp-python[server]==0.3.36" ;;
         *) echo "error: no environment named $1" >&2 && exit 2 ;;
     esac
 }
