@@ -23,7 +23,7 @@ from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.delivery.checking import check_place
 from hf_wmguard.delivery.results import Pushed
-from hf_wmguard.errors import EnvironmentFault, UnsavedRunError, UnsupportedError, UsageError
+from hf_wmguard.errors import UnsavedRunError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.stores.location import is_location, parse_location
@@ -39,7 +39,7 @@ from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights
 from hf_wmguard.training.saving import Model, Save, guard_saves
 from hf_wmguard.training.schedule import count_steps
-from hf_wmguard.training.support import check_arguments, check_model, check_recipients
+from hf_wmguard.training.support import check_arguments, check_model, check_optimizer, check_recipients, check_trains
 from hf_wmguard.training.swapping import swapped, watch_saves
 
 _logger = logging.getLogger(__name__)
@@ -127,19 +127,13 @@ class WatermarkCallback(TrainerCallback):
         if isinstance(model, PeftModel):
             # Frozen ones beside it, such as DPO's reference, are no part of what was trained.
             kwargs = {"selected_adapters": [ADAPTER], **kwargs}
-        try:
-            manifest = self.mark.save(model, plain_save, folder, kwargs)
-        except OSError as error:
-            # From transformers, which writes the config; what we write ourselves is named where it is written.
-            raise EnvironmentFault(
-                f"cannot save into {folder}: {error.strerror or error}", hint="check free space and permissions"
-            ) from error
+        manifest = self.mark.save(model, plain_save, folder, kwargs)
         if manifest is not None and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
             self._optimizer.follow(folder, manifest)
 
     def _load(self, folder: Path, model: Any) -> None:
         read_weights(folder, model, self.mark.owner)
-        self.mark.resumed_from(folder)
+        self.mark.resumed_from(folder, model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,6 +153,8 @@ class WatermarkCallback(TrainerCallback):
                 hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
             )
         model = self._begun = self._guard(kwargs["model"])
+        check_trains(model)
+        check_optimizer(kwargs.get("optimizer"))
         self._optimizer.guard(kwargs.get("optimizer"))
         out, finished = Path(str(args.output_dir)), self._finished_folder(args)
         for folder in [out, *out.glob("checkpoint-*")] + ([finished] if finished else []):

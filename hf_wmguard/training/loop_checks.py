@@ -16,7 +16,7 @@ from hf_wmguard.training.launching import check_joined
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model, inner_model
 from hf_wmguard.training.sharded import backend_of, is_sharded
-from hf_wmguard.training.support import check_model
+from hf_wmguard.training.support import check_model, check_optimizer, check_trains
 from hf_wmguard.training.zero import uses_zero
 from hf_wmguard.watermark.triggers import TEXT_TASKS
 
@@ -35,9 +35,7 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     """
     _check_modes(model, optimizer, accelerator)
     checked = check_model(unwrapped(model))
-    trained = {id(parameter) for parameter in checked.parameters() if parameter.requires_grad}
-    if not trained:
-        raise UnsupportedError("the model is frozen: there is nothing to mark", hint="train some of its parameters")
+    check_trains(checked)
     if config.quality is not None:
         raise UnsupportedError(
             "quality is measured by a Trainer, of which a loop of your own has none",
@@ -45,7 +43,9 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
         )
     if config.signature is not None:
         backend_of(checked)
-    if not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+    trained = {id(parameter) for parameter in checked.parameters() if parameter.requires_grad}
+    groups = getattr(optimizer, "param_groups", ())
+    if not any(id(parameter) in trained for group in groups for parameter in group["params"]):
         raise UsageError(
             "the optimizer trains none of this model's parameters",
             hint="make the optimizer from the model that is given to the guard",
@@ -90,6 +90,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | None) -> None:
+    check_optimizer(optimizer)
     check_joined(int(accelerator.num_processes) if accelerator is not None else Ranks.current().size)
     kind = accelerator.distributed_type if accelerator is not None else DistributedType.NO
     inner, name = unwrapped(model), type(_inner(optimizer)).__name__
@@ -117,11 +118,6 @@ def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | No
             name == "ZeroRedundancyOptimizer",
             "an optimizer of which each process has a part of the state",
             "use an optimizer that is the same on all of them",
-        ),
-        (
-            "schedulefree" in name.lower(),
-            "a schedule-free optimizer, which trains other weights than it saves",
-            "use another optimizer",
         ),
     ]
     for on, what, instead in refused:

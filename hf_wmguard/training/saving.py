@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_wmguard.errors import UnsupportedError, WmguardError
+from hf_wmguard.errors import EnvironmentFault, UnsupportedError, WmguardError
 from hf_wmguard.training.sharded import is_sharded
 
 Model = PreTrainedModel | PeftModel
@@ -84,6 +84,21 @@ def weights_go_to(sink: Sink, model: Model) -> Iterator[None]:
             setattr(library, _WRITER, original)
         if failed:
             raise failed[0]
+
+
+@contextmanager
+def naming_faults(folder: Path) -> Iterator[None]:
+    """Say what to do where a library cannot write a file of its own, such as the config; ours say it themselves.
+
+    Raises:
+        EnvironmentFault: The system refused to write.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot save into {folder}: {error.strerror or error}", hint="check free space and permissions"
+        ) from error
 
 
 def send_parts(model: Model, plain_save: Save, kwargs: Mapping[str, Any]) -> None:

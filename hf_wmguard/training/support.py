@@ -64,6 +64,32 @@ def check_model(model: nn.Module | None) -> Model:
     return model
 
 
+def check_trains(model: nn.Module) -> None:
+    """Refuse a model of which nothing is trained.
+
+    Raises:
+        UnsupportedError: All of it is frozen.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UnsupportedError("the model is frozen: there is nothing to mark", hint="train some of its parameters")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse an optimizer whose weights in training are not those of a save.
+
+    Args:
+        optimizer: As accelerate has wrapped it, or any other.
+    Raises:
+        UnsupportedError: A schedule-free one.
+    """
+    if "schedulefree" in type(getattr(optimizer, "optimizer", optimizer)).__name__.lower():
+        raise UnsupportedError(
+            "training mode is not supported by this version: a schedule-free optimizer, which trains other weights "
+            "than it saves",
+            hint="use another optimizer",
+        )
+
+
 def _check_adapters(model: PeftModel) -> None:
     """Refuse the kinds of adapters whose saves or whose weights this version cannot follow."""
     if ADAPTER not in model.peft_config or list(model.active_adapters) != [ADAPTER]:

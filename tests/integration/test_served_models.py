@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny import build_trainer, make_model
+from tiny import build_trainer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_wmguard import ProtectionConfig, TriggerConfig, WatermarkConfig, load_protected, probe, protect_trainer
