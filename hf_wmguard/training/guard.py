@@ -211,7 +211,8 @@ class Guard:
         Of several processes, all must call it: the main one writes, the others wait for it.
 
         Args:
-            folder: Where to.
+            folder: Where to; a new one for each save that is to be resumed from, because a process that is killed
+                while files take their places leaves a folder that is neither the old save nor the new one.
             resumable: Write the optimizer's state too, encrypted for the owner alone, so that `resume` can read it.
         Returns:
             What was signed, on every process: state of the mark, bit error rate as read back from the files.

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from key_servers import Transit, serving
 from loops import Loop, weights_of
 from test_interrupted_saves import largest_file
 from tiny import StopAt, digest_weights, make_model, make_rows
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from hf_wmguard import Guard, SignatureConfig, TriggerConfig, WatermarkConfig, protect_trainer
+from hf_wmguard import Guard, ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig, protect_trainer
 from hf_wmguard.errors import (
+    AuthenticationError,
     ConfigError,
     EnvironmentFault,
     NonFiniteWeightError,
@@ -74,6 +76,26 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_to_resume_from(
     assert digest_weights(again.model) == at_two
     check_files(folder, read_manifest(folder)[0])
     assert PlaintextFinder(weights_of(loop.model) | weights_of(again.model)).scan([tmp_path]) == {}
+
+
+def test_a_key_service_that_fails_at_a_save_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_loop: MakeLoop, make_config: MakeConfig
+) -> None:
+    folder, server = tmp_path / "model", Transit()
+    with serving(server) as port:
+        monkeypatch.setenv("VAULT_ADDR", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("VAULT_TOKEN", server.token)
+        protection = ProtectionConfig(recipients=("vault:transit/models",))
+        loop = make_loop()
+        guard = loop.protect(make_config(signature=SIGNATURE, triggers=None, protection=protection))
+        guard.save(folder)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        loop.run(until=1)
+        server.mood = "denied"
+        with pytest.raises(AuthenticationError) as caught:
+            guard.save(folder)
+    assert caught.value.hint
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
