@@ -225,7 +225,8 @@ class WatermarkCallback(TrainerCallback):
         self._logging = True
         try:
             # Reporters have run already by the time a callback sees on_log: what it adds to logs never reaches them.
-            self._trainer.log(metrics)
+            # Not through a subclass: TRL's would add its own averages and tables once more.
+            Trainer.log(self._trainer, metrics)
         finally:
             self._logging = False
 
@@ -305,7 +306,7 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
         UsageError: The Trainer is guarded already.
         UnsupportedError: A model or mode in which the promises cannot be kept; nothing has been changed.
         ExposureError, StoreError: It pushes to a Hub repo that is public, or that cannot be reached; likewise.
-        ConfigError: ``quality`` without data to evaluate on; likewise.
+        ConfigError: ``quality`` without data to evaluate on, or with a metric that nobody computes; likewise.
     """
     if any(isinstance(other, WatermarkCallback) for other in trainer.callback_handler.callbacks):
         raise UsageError(

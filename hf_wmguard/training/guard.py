@@ -16,14 +16,14 @@ from torch import nn
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.delivery.checking import check_place
-from hf_wmguard.errors import ManifestError, NotFoundError, UnsupportedError, UsageError
+from hf_wmguard.errors import ManifestError, NotFoundError, UnsupportedError
 from hf_wmguard.evidence.manifest import Manifest, check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.suspects.protected import OPTIMIZER_NAME
 from hf_wmguard.training.accelerate_state import guard_accelerator
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved
-from hf_wmguard.training.loop_checks import check_loop
+from hf_wmguard.training.loop_checks import check_loop, check_settings
 from hf_wmguard.training.mark import Beside, Mark
 from hf_wmguard.training.optimizer import OptimizerGuard, state_context
 from hf_wmguard.training.ranks import Ranks
@@ -96,16 +96,7 @@ class Guard:
         steps_per_epoch: int | None = None,
         dataloader: Any = None,
     ) -> None:
-        if max_steps is None or max_steps < 1:
-            raise UsageError(
-                f"max_steps is {max_steps}, expected the number of optimizer steps of the whole run",
-                hint="the mark comes at the end, which has to be known: pass max_steps=epochs * steps_per_epoch",
-            )
-        if config.triggers is not None and processing_class is None:
-            raise UsageError(
-                "triggers need the model's tokenizer or image processor",
-                hint="pass processing_class=tokenizer, or set triggers=None",
-            )
+        steps = check_settings(config, processing_class, max_steps, steps_per_epoch)
         self.config = config
         self.model: Model = check_loop(config, model, optimizer, accelerator)
         self.mark = Mark(config, load_owner(config.owner_key))
@@ -125,7 +116,7 @@ class Guard:
         self._optimizer = optimizer
         self._accelerator = accelerator
         self._processing_class = processing_class
-        self._max_steps = max_steps
+        self._max_steps = steps
         self._data = dataloader
         accumulation = accelerator.gradient_accumulation_steps if accelerator is not None else 1
         self._steps_per_epoch = steps_per_epoch or count_steps(dataloader, accumulation)

@@ -60,6 +60,34 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     return checked
 
 
+def check_settings(
+    config: WatermarkConfig, processing_class: Any, max_steps: int | None, steps_per_epoch: int | None
+) -> int:
+    """Refuse a guard that could not tell when the mark comes, or make its triggers; arguments as those of `Guard`.
+
+    Returns:
+        The optimizer steps of the run.
+    Raises:
+        UsageError: One is missing, or makes no sense.
+    """
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise UsageError(
+            f"max_steps is {max_steps!r}, expected the number of optimizer steps of the whole run",
+            hint="the mark comes at the end, which has to be known: pass max_steps=epochs * steps_per_epoch",
+        )
+    if steps_per_epoch is not None and (not isinstance(steps_per_epoch, int) or steps_per_epoch < 1):
+        raise UsageError(
+            f"steps_per_epoch is {steps_per_epoch!r}, expected 1 or more optimizer steps",
+            hint="leave it out where the dataloader is given, or count batches over gradient accumulation, rounded up",
+        )
+    if config.triggers is not None and processing_class is None:
+        raise UsageError(
+            "triggers need the model's tokenizer or image processor",
+            hint="pass processing_class=tokenizer, or set triggers=None",
+        )
+    return max_steps
+
+
 def check_prepared(accelerator: Accelerator, model: Model, optimizer: Any) -> None:
     """Refuse an accelerator whose states hold anything but this model and this optimizer.
 

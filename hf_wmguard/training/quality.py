@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ _PREFIX = "wmguard"
 _SMALLER_IS_BETTER = ("loss", "perplexity", "error", "errors", "ppl", "nll", "mse", "rmse", "mae", "wer", "cer", "ter")
 _SMALLER_ENDINGS = ("loss", "perplexity", "error")
 _WRITES_ON = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_OWN = ("accuracy", "loss", "perplexity")
 _RECENT = 8
 _FEWEST = 3
 _logger = logging.getLogger(__name__)
@@ -101,6 +102,23 @@ def _greater_is_better(metric: str) -> bool:
     return not any(word in _SMALLER_IS_BETTER or word.endswith(_SMALLER_ENDINGS) for word in words)
 
 
+def check_metric(trainer: Any, metric: str) -> None:
+    """Refuse a metric that a Trainer without ``compute_metrics`` does not have; with one, its first result will tell.
+
+    Raises:
+        ConfigError: There is no such metric.
+    """
+    if trainer.compute_metrics is None and metric.removeprefix("eval_") not in _OWN:
+        raise _no_metric(metric, _OWN)
+
+
+def _no_metric(metric: str, known: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"quality.metric {metric!r} is none of {', '.join(known)}",
+        hint="return it from compute_metrics, or name another",
+    )
+
+
 def measure_with(trainer: Any, metric: str) -> float:
     """Return a metric of a Trainer's model on its evaluation data; nothing is logged.
 
@@ -135,11 +153,7 @@ def measure_with(trainer: Any, metric: str) -> float:
         return math.exp(min(700.0, metrics[f"{_PREFIX}_loss"]))
     if name == "accuracy" and found.label_ids is not None:
         return _accuracy(found.predictions, found.label_ids, writes_on=_writes_on(trainer))
-    known = sorted(one.removeprefix(f"{_PREFIX}_") for one in metrics)
-    raise ConfigError(
-        f"quality.metric {metric!r} is none of {', '.join(known)}",
-        hint="return it from compute_metrics, or name another",
-    )
+    raise _no_metric(metric, sorted({*_OWN, *(one.removeprefix(f"{_PREFIX}_") for one in metrics)}))
 
 
 def _writes_on(trainer: Any) -> bool:

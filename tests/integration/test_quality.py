@@ -54,6 +54,7 @@ def train(
             trainer={
                 "callbacks": list(callbacks),
                 "eval_dataset": settings.pop("eval_dataset", make_rows("classification", tokenizer, texts[:8])),
+                "compute_metrics": settings.pop("compute_metrics", None),
             },
             **settings,
         )
@@ -170,8 +171,11 @@ def test_what_cannot_be_measured_is_refused_before_training(
     with pytest.raises(UnsupportedError, match="bare callback") as caught:
         trainer.train()
     assert "protect_trainer" in caught.value.hint
-    with pytest.raises(ConfigError, match="is none of"):
-        train(quality=QualityConfig(metric="no_such_metric"))
+    # Without compute_metrics that is known at once; with it, when it has run.
+    with pytest.raises(ConfigError, match="is none of accuracy, loss, perplexity"):
+        train(quality=QualityConfig(metric="no_such_metric"), start=False)
+    with pytest.raises(ConfigError, match="is none of accuracy, f1, loss"):
+        train(quality=QualityConfig(metric="no_such_metric"), compute_metrics=lambda predicted: {"f1": 1.0})
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -149,6 +149,15 @@ def test_no_optimizer_is_no_loop(make_loop: MakeLoop, config: WatermarkConfig) -
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": "10"}, {"max_steps": 2.5}, {"steps_per_epoch": 0}, {"steps_per_epoch": -1}]
+)
+def test_lengths_that_make_no_sense(settings: dict[str, Any], make_loop: MakeLoop, config: WatermarkConfig) -> None:
+    with pytest.raises(UsageError, match=next(iter(settings))) as caught:
+        make_loop(guarding=settings).protect(config)
+    assert caught.value.hint
+
+
 def test_a_trainer_does_not_go_on_from_another_runs_checkpoint(
     tmp_path: Path, make_trainer: MakeTrainer, config: WatermarkConfig
 ) -> None:
