@@ -17,13 +17,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.delivery.checking import check_place
 from hf_wmguard.delivery.results import Pushed
-from hf_wmguard.errors import UnsavedRunError, UnsupportedError, UsageError
+from hf_wmguard.errors import ManifestError, UnsavedRunError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.stores.location import is_location, parse_location
@@ -91,7 +92,14 @@ class WatermarkCallback(TrainerCallback):
         self._guard(trainer.model)
 
         def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
-            self._load(Path(resume_from_checkpoint), trainer.model if model is None else model)
+            folder = Path(resume_from_checkpoint)
+            self._load(folder, trainer.model if model is None else model)
+            if not (folder / TRAINER_STATE_NAME).is_file():
+                # The Trainer writes it last.
+                raise ManifestError(
+                    f"checkpoint {folder} has no {TRAINER_STATE_NAME}: its save was interrupted",
+                    hint="resume from the checkpoint before: resume_from_checkpoint=FOLDER, or delete this one",
+                )
 
         def load_best_model() -> None:
             self._load(Path(str(trainer.state.best_model_checkpoint)), trainer.model)

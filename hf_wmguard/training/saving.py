@@ -6,6 +6,7 @@ The method is shadowed on the instance; a call through the class, ``PeftModel.sa
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -122,7 +123,9 @@ class _GuardedSave:
         self._save = save
         self._push = push
 
-    def __call__(self, save_directory: Any, **kwargs: Any) -> None:
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        plain = MethodType(type(self._model).save_pretrained, self._model)
+        kwargs |= dict(zip(list(inspect.signature(plain).parameters)[1:], args, strict=False))
         options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         pushes, repo = kwargs.pop("push_to_hub", False), options.pop("repo_id", None)
         if kwargs.get("distributed_checkpoint"):
@@ -137,7 +140,6 @@ class _GuardedSave:
         # Of a model that lies in parts, all processes take part in a save.
         if not kwargs.get("is_main_process", True) and not is_sharded(self._model):
             return
-        plain = MethodType(type(self._model).save_pretrained, self._model)
         self._save(self._model, plain, Path(save_directory), kwargs)
         if pushes:
             self._push(Path(save_directory), repo or Path(save_directory).absolute().name, options)

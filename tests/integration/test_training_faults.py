@@ -21,6 +21,7 @@ from hf_wmguard.errors import (
     AuthenticationError,
     ConfigError,
     EnvironmentFault,
+    ManifestError,
     NonFiniteWeightError,
     UnsupportedError,
     UsageError,
@@ -143,6 +144,17 @@ def test_a_state_that_could_not_be_loaded_leaves_the_optimizer_as_it_was(
     loop.optimizer.load_state_dict(loop.optimizer.state_dict())
 
 
+def test_arguments_of_a_save_may_come_without_their_names(
+    tmp_path: Path, make_loop: MakeLoop, config: WatermarkConfig
+) -> None:
+    loop = make_loop()
+    loop.protect(config)
+    loop.model.save_pretrained(tmp_path / "elsewhere", False)
+    assert not (tmp_path / "elsewhere").exists()
+    loop.model.save_pretrained(tmp_path / "here", True, loop.model.state_dict())
+    check_files(tmp_path / "here", read_manifest(tmp_path / "here")[0])
+
+
 def test_no_optimizer_is_no_loop(make_loop: MakeLoop, config: WatermarkConfig) -> None:
     with pytest.raises(UsageError, match="optimizer") as caught:
         Guard(config, make_loop().model, None, max_steps=2)
@@ -176,6 +188,21 @@ def test_a_trainer_does_not_go_on_from_another_runs_checkpoint(
     again = make_trainer(num_train_epochs=2, output_dir=tmp_path / "other", save_strategy="no")
     protect_trainer(again, config)
     again.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-12"))
+
+
+def test_a_checkpoint_without_the_trainers_state_is_named(
+    tmp_path: Path, make_trainer: MakeTrainer, config: WatermarkConfig
+) -> None:
+    trainer = make_trainer(num_train_epochs=2)
+    protect_trainer(trainer, config)
+    trainer.train()
+    # As after a kill: the Trainer writes it last.
+    (tmp_path / "out" / "checkpoint-16" / "trainer_state.json").unlink()
+    again = make_trainer(num_train_epochs=2)
+    protect_trainer(again, config)
+    with pytest.raises(ManifestError, match=r"checkpoint-16 has no trainer_state\.json") as caught:
+        again.train(resume_from_checkpoint=True)
+    assert "checkpoint before" in caught.value.hint
 
 
 def test_a_frozen_model_is_refused_with_triggers_alone(make_trainer: MakeTrainer, make_config: MakeConfig) -> None:
