@@ -16,7 +16,7 @@ from hf_wmguard.training.launching import check_joined
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model, inner_model
 from hf_wmguard.training.sharded import backend_of, is_sharded
-from hf_wmguard.training.support import check_model, check_optimizer, check_trains
+from hf_wmguard.training.support import check_model, check_optimizer, check_trains, inner_optimizer
 from hf_wmguard.training.zero import uses_zero
 from hf_wmguard.watermark.triggers import TEXT_TASKS
 
@@ -97,7 +97,7 @@ def check_prepared(accelerator: Accelerator, model: Model, optimizer: Any) -> No
     """
     models, optimizers = accelerator._models, accelerator._optimizers
     if not any(unwrapped(one) is model for one in models) or not any(
-        _inner(one) is _inner(optimizer) for one in optimizers
+        inner_optimizer(one) is inner_optimizer(optimizer) for one in optimizers
     ):
         raise UsageError(
             "the model and its optimizer are not prepared by this accelerator",
@@ -121,7 +121,7 @@ def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | No
     check_optimizer(optimizer)
     check_joined(int(accelerator.num_processes) if accelerator is not None else Ranks.current().size)
     kind = accelerator.distributed_type if accelerator is not None else DistributedType.NO
-    inner, name = unwrapped(model), type(_inner(optimizer)).__name__
+    inner, name = unwrapped(model), type(inner_optimizer(optimizer)).__name__
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     deepspeed = kind == DistributedType.DEEPSPEED or uses_zero(inner) or type(model).__name__ == "DeepSpeedEngine"
     whole = isinstance(model, FullyShardedDataParallel) or kind == DistributedType.FSDP
@@ -151,10 +151,6 @@ def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | No
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
-
-
-def _inner(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _adds_gradients(config: WatermarkConfig, model: Model) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from typing import Any
 
@@ -15,7 +14,7 @@ from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.recipients import load_recipient, seal_recipients
 from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
 from hf_wmguard.training.backends import ADAPTER
-from hf_wmguard.training.launching import check_joined
+from hf_wmguard.training.launching import asks_for, check_joined
 from hf_wmguard.training.saving import Model
 from hf_wmguard.training.sharded import is_sharded, local
 
@@ -74,6 +73,11 @@ def check_trains(model: nn.Module) -> None:
         raise UnsupportedError("the model is frozen: there is nothing to mark", hint="train some of its parameters")
 
 
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper, or itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Refuse an optimizer whose weights in training are not those of a save.
 
@@ -82,7 +86,7 @@ def check_optimizer(optimizer: Any) -> None:
     Raises:
         UnsupportedError: A schedule-free one.
     """
-    if "schedulefree" in type(getattr(optimizer, "optimizer", optimizer)).__name__.lower():
+    if "schedulefree" in type(inner_optimizer(optimizer)).__name__.lower():
         raise UnsupportedError(
             "training mode is not supported by this version: a schedule-free optimizer, which trains other weights "
             "than it saves",
@@ -141,7 +145,7 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         ),
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
         (
-            not attached and (args.deepspeed or args.fsdp or _accelerate_shards()),
+            not attached and (args.deepspeed or args.fsdp or asks_for("DEEPSPEED") or asks_for("FSDP")),
             "DeepSpeed or FSDP beside a bare callback, which cannot tell what they write",
             "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         ),
@@ -176,11 +180,6 @@ def check_recipients(config: WatermarkConfig) -> None:
     recipients = [load_recipient(reference) for reference in config.protection.recipients]
     if recipients:
         seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
-
-
-def _accelerate_shards() -> bool:
-    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-    return any(os.environ.get(name, "false").lower() == "true" for name in names)
 
 
 def check_finite(parameters: dict[str, nn.Parameter]) -> None:
