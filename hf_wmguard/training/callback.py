@@ -7,7 +7,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from transformers import (
@@ -61,6 +61,9 @@ class WatermarkCallback(TrainerCallback):
         KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
         AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
     """
+
+    # The run that began last, and whose it is: a callback cannot ask its Trainer for the others.
+    _latest: ClassVar[tuple[TrainerState | None, WatermarkCallback | None]] = (None, None)
 
     def __init__(self, config: WatermarkConfig) -> None:
         self.config = config
@@ -151,6 +154,7 @@ class WatermarkCallback(TrainerCallback):
             # Core dumps stay off while this trains; one that fails leaves them off.
             hold()
             self._holding = True
+        self._check_alone(state)
         check_arguments(args, attached=self._trainer is not None)
         if self._trainer is not None:
             check_parallelism(self._trainer, self.config)
@@ -186,6 +190,14 @@ class WatermarkCallback(TrainerCallback):
         # Once, however often this trainer trains.
         atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
+
+    def _check_alone(self, state: TrainerState) -> None:
+        run, other = WatermarkCallback._latest
+        if run is state and other is not self:
+            raise UsageError(
+                "two watermark callbacks guard one trainer", hint="keep protect_trainer, and add no callback beside it"
+            )
+        WatermarkCallback._latest = (state, self)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -247,6 +259,7 @@ class WatermarkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bring the mark to its end, and write the finished model where the config says."""
+        WatermarkCallback._latest = (None, None)
         if self._holding:
             release()
             self._holding = False

@@ -38,7 +38,9 @@ def check_model(model: nn.Module | None) -> Model:
         raise UnsupportedError(
             f"model is {type(inner).__name__}, expected a transformers PreTrainedModel or a PeftModel of one: "
             "the Trainer saves anything else in plaintext",
-            hint="wrap the network in a PreTrainedModel",
+            hint="pass the model that was compiled, and torch_compile=True in TrainingArguments"
+            if hasattr(model, "_orig_mod")
+            else "wrap the network in a PreTrainedModel",
         )
     if model is inner and getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedError(

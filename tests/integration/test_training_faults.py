@@ -16,7 +16,15 @@ from tiny import StopAt, digest_weights, make_model, make_rows
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from hf_wmguard import Guard, ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig, protect_trainer
+from hf_wmguard import (
+    Guard,
+    ProtectionConfig,
+    SignatureConfig,
+    TriggerConfig,
+    WatermarkCallback,
+    WatermarkConfig,
+    protect_trainer,
+)
 from hf_wmguard.errors import (
     AuthenticationError,
     ConfigError,
@@ -212,6 +220,27 @@ def test_a_frozen_model_is_refused_with_triggers_alone(make_trainer: MakeTrainer
     with pytest.raises(UnsupportedError, match="frozen") as caught:
         trainer.train()
     assert "train some" in caught.value.hint
+
+
+def test_a_callback_beside_a_guarded_trainer_is_refused(make_trainer: MakeTrainer, config: WatermarkConfig) -> None:
+    trainer = make_trainer(num_train_epochs=1, save_strategy="no")
+    protect_trainer(trainer, config)
+    second = WatermarkCallback(config)
+    trainer.add_callback(second)
+    with pytest.raises(UsageError, match="two watermark callbacks") as caught:
+        trainer.train()
+    assert "no callback beside" in caught.value.hint
+    trainer.remove_callback(second)
+    trainer.train()
+
+
+def test_a_compiled_model_is_compiled_by_the_trainer(
+    make_trainer: MakeTrainer, config: WatermarkConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = torch.compile(make_model("classification", len(tokenizer)), backend="eager")
+    with pytest.raises(UnsupportedError, match="OptimizedModule") as caught:
+        protect_trainer(make_trainer(model=model), config)
+    assert "torch_compile=True" in caught.value.hint
 
 
 class _ScheduleFree(torch.optim.AdamW):
