@@ -292,6 +292,9 @@ class ProtectedWriter:
         if self._config.protection.hide_names:
             # It lists what is hidden.
             (self.staging / INDEX_NAME).unlink(missing_ok=True)
+        # Before anything is replaced: a key service may refuse.
+        recipients = [X25519Identity.from_owner(self._owner).recipient(), *self._recipients]
+        sealed = seal_recipients(self._dek, recipients, set_id=self.set_id, model_id=self._config.model_id)
         # Whoever changes the recipients meanwhile would put those of the old save over the new ones.
         with locked(self._folder):
             clear_temporary(self._folder)
@@ -301,8 +304,6 @@ class ProtectedWriter:
                 for record in self._records
             ]
             entries += [digest_file(self._folder / name) for name in _COVERED if (self._folder / name).is_file()]
-            recipients = [X25519Identity.from_owner(self._owner).recipient(), *self._recipients]
-            sealed = seal_recipients(self._dek, recipients, set_id=self.set_id, model_id=self._config.model_id)
             write_atomic(self._folder / RECIPIENTS_NAME, sealed)
             manifest = Manifest(
                 model_id=self._config.model_id,

@@ -214,6 +214,7 @@ def open_recipients(
         if expected is not None and found != expected:
             raise ManifestError(
                 f"recipients file: {what} is {found!r}, expected {expected!r}",
-                hint="it belongs to another save; fetch the whole folder again",
+                hint="it belongs to another save: the folder was copied in part, or a save into it was interrupted; "
+                "fetch the whole folder again, or go back to another checkpoint",
             )
     return file.unwrap(identities)

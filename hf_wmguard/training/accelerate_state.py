@@ -31,6 +31,7 @@ def guard_accelerator(
     *,
     save: Callable[[Path], None],
     load: Callable[[Path], None],
+    loaded: Callable[[], None],
 ) -> None:
     """Send a model's part of an accelerator's states elsewhere from now on; a later guard takes this one's place.
 
@@ -40,6 +41,7 @@ def guard_accelerator(
         optimizer: The optimizer it prepared.
         save: Called with the folder that ``save_state`` is about to write.
         load: Called with the folder that ``load_state`` is about to read.
+        loaded: Called when it has, or has failed.
     """
 
     def before_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
@@ -73,7 +75,10 @@ def guard_accelerator(
 
     def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         with Ranks.current().together("loading the state"):
-            plain.load_state(accelerator, input_dir, *args, **kwargs)
+            try:
+                plain.load_state(accelerator, input_dir, *args, **kwargs)
+            finally:
+                loaded()
 
     handles = (
         accelerator.register_save_state_pre_hook(before_save),

@@ -44,16 +44,13 @@ class ParameterBackend(Protocol):
     def read(self, name: str, row_start: int, rows: int) -> Tensor:
         """Return rows of a matrix as they are committed to; of an adapted matrix without its adapter."""
 
-    def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
-        """Return the projections of one carrier, float64 [l, r], not checked for NaN.
+    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
+        """Return the projections of carriers, each float64 [l, r], not checked for NaN.
 
         Args:
-            key: The carrier key.
-            committed: Those of what `read` gave at the commitment, float64 [l, r].
+            keys: The carrier keys.
+            committed: For each, those of what `read` gave at the commitment, float64 [l, r].
         """
-
-    def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
-        """Return `projections` of several carriers at once."""
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         """Move the projections of one carrier by ``shift``, float64 [l, r], changing the weights as little as may be.
@@ -104,11 +101,8 @@ class WholeParameters:
     def read(self, name: str, row_start: int, rows: int) -> Tensor:
         return self._parameters[name].data[row_start : row_start + rows]
 
-    def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
-        return project(self._tile(key), key)
-
     def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
-        return [self.projections(key, before) for key, before in zip(keys, committed, strict=True)]
+        return [project(self._tile(key), key) for key in keys]
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         tile = self._tile(key)
@@ -189,6 +183,7 @@ class LoraParameters:
         return dequantize_module_weight(base).detach()[row_start : row_start + rows]
 
     def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
+        """Return the projections of one carrier; see `projections_of`."""
         # The frozen matrix says what it said at the commitment: it is not dequantized at every step.
         adapter = self._adapters[key.carrier.name]
         if adapter.magnitude is not None:

@@ -7,7 +7,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from transformers import (
@@ -17,13 +17,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.delivery.checking import check_place
 from hf_wmguard.delivery.results import Pushed
-from hf_wmguard.errors import EnvironmentFault, UnsavedRunError, UnsupportedError, UsageError
+from hf_wmguard.errors import ManifestError, UnsavedRunError, UnsupportedError, UsageError
 from hf_wmguard.evidence.manifest import check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.stores.location import is_location, parse_location
@@ -39,7 +40,7 @@ from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights
 from hf_wmguard.training.saving import Model, Save, guard_saves
 from hf_wmguard.training.schedule import count_steps
-from hf_wmguard.training.support import check_arguments, check_model, check_recipients
+from hf_wmguard.training.support import check_arguments, check_model, check_optimizer, check_recipients, check_trains
 from hf_wmguard.training.swapping import swapped, watch_saves
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ class WatermarkCallback(TrainerCallback):
         KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
         AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
     """
+
+    # The run that began last, and whose it is: a callback cannot ask its Trainer for the others.
+    _latest: ClassVar[tuple[TrainerState | None, WatermarkCallback | None]] = (None, None)
 
     def __init__(self, config: WatermarkConfig) -> None:
         self.config = config
@@ -91,7 +95,14 @@ class WatermarkCallback(TrainerCallback):
         self._guard(trainer.model)
 
         def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
-            self._load(Path(resume_from_checkpoint), trainer.model if model is None else model)
+            folder = Path(resume_from_checkpoint)
+            self._load(folder, trainer.model if model is None else model)
+            if not (folder / TRAINER_STATE_NAME).is_file():
+                # The Trainer writes it last.
+                raise ManifestError(
+                    f"checkpoint {folder} has no {TRAINER_STATE_NAME}: its save was interrupted",
+                    hint="resume from the checkpoint before: resume_from_checkpoint=FOLDER, or delete this one",
+                )
 
         def load_best_model() -> None:
             self._load(Path(str(trainer.state.best_model_checkpoint)), trainer.model)
@@ -127,19 +138,13 @@ class WatermarkCallback(TrainerCallback):
         if isinstance(model, PeftModel):
             # Frozen ones beside it, such as DPO's reference, are no part of what was trained.
             kwargs = {"selected_adapters": [ADAPTER], **kwargs}
-        try:
-            manifest = self.mark.save(model, plain_save, folder, kwargs)
-        except OSError as error:
-            # From transformers, which writes the config; what we write ourselves is named where it is written.
-            raise EnvironmentFault(
-                f"cannot save into {folder}: {error.strerror or error}", hint="check free space and permissions"
-            ) from error
+        manifest = self.mark.save(model, plain_save, folder, kwargs)
         if manifest is not None and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.mark.step}":
             self._optimizer.follow(folder, manifest)
 
     def _load(self, folder: Path, model: Any) -> None:
         read_weights(folder, model, self.mark.owner)
-        self.mark.resumed_from(folder)
+        self.mark.resumed_from(folder, model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,6 +154,7 @@ class WatermarkCallback(TrainerCallback):
             # Core dumps stay off while this trains; one that fails leaves them off.
             hold()
             self._holding = True
+        self._check_alone(state)
         check_arguments(args, attached=self._trainer is not None)
         if self._trainer is not None:
             check_parallelism(self._trainer, self.config)
@@ -159,6 +165,8 @@ class WatermarkCallback(TrainerCallback):
                 hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
             )
         model = self._begun = self._guard(kwargs["model"])
+        check_trains(model)
+        check_optimizer(kwargs.get("optimizer"))
         self._optimizer.guard(kwargs.get("optimizer"))
         out, finished = Path(str(args.output_dir)), self._finished_folder(args)
         for folder in [out, *out.glob("checkpoint-*")] + ([finished] if finished else []):
@@ -182,6 +190,14 @@ class WatermarkCallback(TrainerCallback):
         # Once, however often this trainer trains.
         atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
+
+    def _check_alone(self, state: TrainerState) -> None:
+        run, other = WatermarkCallback._latest
+        if run is state and other is not self:
+            raise UsageError(
+                "two watermark callbacks guard one trainer", hint="keep protect_trainer, and add no callback beside it"
+            )
+        WatermarkCallback._latest = (state, self)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -229,7 +245,8 @@ class WatermarkCallback(TrainerCallback):
         self._logging = True
         try:
             # Reporters have run already by the time a callback sees on_log: what it adds to logs never reaches them.
-            self._trainer.log(metrics)
+            # Not through a subclass: TRL's would add its own averages and tables once more.
+            Trainer.log(self._trainer, metrics)
         finally:
             self._logging = False
 
@@ -242,6 +259,7 @@ class WatermarkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bring the mark to its end, and write the finished model where the config says."""
+        WatermarkCallback._latest = (None, None)
         if self._holding:
             release()
             self._holding = False
@@ -309,7 +327,7 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
         UsageError: The Trainer is guarded already.
         UnsupportedError: A model or mode in which the promises cannot be kept; nothing has been changed.
         ExposureError, StoreError: It pushes to a Hub repo that is public, or that cannot be reached; likewise.
-        ConfigError: ``quality`` without data to evaluate on; likewise.
+        ConfigError: ``quality`` without data to evaluate on, or with a metric that nobody computes; likewise.
     """
     if any(isinstance(other, WatermarkCallback) for other in trainer.callback_handler.callbacks):
         raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NoReturn
 
 from peft import PeftModel
@@ -11,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.errors import UnsupportedError
+from hf_wmguard.training.launching import asks_for
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.ranks import Ranks
 
@@ -23,12 +23,12 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
     Raises:
         UnsupportedError: Such a kind is on.
     """
-    told = _is_on("ACCELERATE_USE_FSDP") or bool(trainer.args.fsdp)
+    told = asks_for("FSDP") or bool(trainer.args.fsdp)
     refused: list[tuple[Any, str, str]] = [
         (trainer.is_fsdp_enabled, "accelerate's FSDP, whose checkpoints are plaintext", _NATIVE),
         (told, "accelerate's FSDP, which runs as DDP on CPUs without a word", _NATIVE),
         (
-            _is_on("ACCELERATE_USE_DEEPSPEED") and not trainer.is_deepspeed_enabled,
+            asks_for("DEEPSPEED") and not trainer.is_deepspeed_enabled,
             "accelerate's DeepSpeed, which runs as DDP on CPUs without a word",
             "start it on GPUs, or without DeepSpeed",
         ),
@@ -43,10 +43,6 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
-
-
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"
 
 
 def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[tuple[Any, str, str]]:

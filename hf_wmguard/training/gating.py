@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerState
 
 from hf_wmguard.config import QualityConfig
 from hf_wmguard.errors import ConfigError, QualityError
-from hf_wmguard.training.quality import AFTER, BEFORE, QualityGate, measure_with
+from hf_wmguard.training.quality import AFTER, BEFORE, QualityGate, check_metric, measure_with
 
 
 class TrainerGate:
@@ -25,7 +25,7 @@ class TrainerGate:
         config: Which metric, and how much worse it may be.
         trainer: The Trainer, which has data to evaluate on.
     Raises:
-        ConfigError: It has none, or several sets.
+        ConfigError: It has none, or several sets, or cannot know this metric.
     """
 
     def __init__(self, config: QualityConfig, trainer: Trainer) -> None:
@@ -34,6 +34,7 @@ class TrainerGate:
                 f"quality needs one set to evaluate on, got {'several' if trainer.eval_dataset else 'none'}",
                 hint="pass one eval_dataset to the Trainer, or leave out quality",
             )
+        check_metric(trainer, config.metric)
         self._config = config
         self._trainer = trainer
         self._gate = self._new_gate()

@@ -16,19 +16,19 @@ from torch import nn
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.delivery.checking import check_place
-from hf_wmguard.errors import ConfigError, ManifestError, NotFoundError, UnsupportedError, UsageError
-from hf_wmguard.evidence.manifest import Manifest, check_free_for, read_manifest
+from hf_wmguard.errors import ManifestError, NotFoundError, UnsupportedError
+from hf_wmguard.evidence.manifest import Manifest, check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.suspects.protected import OPTIMIZER_NAME
 from hf_wmguard.training.accelerate_state import guard_accelerator
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved
-from hf_wmguard.training.loop_checks import check_loop
-from hf_wmguard.training.mark import Mark
-from hf_wmguard.training.optimizer import OptimizerGuard
+from hf_wmguard.training.loop_checks import check_loop, check_settings
+from hf_wmguard.training.mark import Beside, Mark
+from hf_wmguard.training.optimizer import OptimizerGuard, state_context
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights
-from hf_wmguard.training.saving import Model, Save, guard_saves
+from hf_wmguard.training.saving import Model, Save, guard_saves, naming_faults
 from hf_wmguard.training.schedule import count_steps
 from hf_wmguard.training.sharded import is_sharded
 from hf_wmguard.training.step_order import StepOrder, disorder
@@ -96,16 +96,7 @@ class Guard:
         steps_per_epoch: int | None = None,
         dataloader: Any = None,
     ) -> None:
-        if max_steps is None or max_steps < 1:
-            raise UsageError(
-                f"max_steps is {max_steps}, expected the number of optimizer steps of the whole run",
-                hint="the mark comes at the end, which has to be known: pass max_steps=epochs * steps_per_epoch",
-            )
-        if config.triggers is not None and processing_class is None:
-            raise UsageError(
-                "triggers need the model's tokenizer or image processor",
-                hint="pass processing_class=tokenizer, or set triggers=None",
-            )
+        steps = check_settings(config, processing_class, max_steps, steps_per_epoch)
         self.config = config
         self.model: Model = check_loop(config, model, optimizer, accelerator)
         self.mark = Mark(config, load_owner(config.owner_key))
@@ -125,18 +116,20 @@ class Guard:
         self._optimizer = optimizer
         self._accelerator = accelerator
         self._processing_class = processing_class
-        self._max_steps = max_steps
+        self._max_steps = steps
         self._data = dataloader
         accumulation = accelerator.gradient_accumulation_steps if accelerator is not None else 1
         self._steps_per_epoch = steps_per_epoch or count_steps(dataloader, accumulation)
         self._order = StepOrder()
         self._begun = self._finished = self._holding = False
         self._saved: Manifest | None = None
+        self._beside: Beside | None = None
         self._state = OptimizerGuard(self.mark.owner, hide_names=config.protection.hide_names)
         self._state.guard(optimizer)
         guard_saves(self.model, self._save, partial(push_saved, allow_public=allow_public))
         if accelerator is not None:
-            guard_accelerator(accelerator, self.model, optimizer, save=self._save_state, load=self._load_state)
+            save, load, loaded = self._save_state, self._load_state, partial(self._state.expect, None)
+            guard_accelerator(accelerator, self.model, optimizer, save=save, load=load, loaded=loaded)
         atexit.register(_report_unsaved, weakref.ref(self))
 
     def __enter__(self) -> Self:
@@ -209,7 +202,8 @@ class Guard:
         Of several processes, all must call it: the main one writes, the others wait for it.
 
         Args:
-            folder: Where to.
+            folder: Where to; a new one for each save that is to be resumed from, because a process that is killed
+                while files take their places leaves a folder that is neither the old save nor the new one.
             resumable: Write the optimizer's state too, encrypted for the owner alone, so that `resume` can read it.
         Returns:
             What was signed, on every process: state of the mark, bit error rate as read back from the files.
@@ -221,15 +215,13 @@ class Guard:
             EnvironmentFault: It failed on another process, or weights have drifted apart.
         """
         folder = Path(folder)
-        manifest = self._save_model(folder, resumable=resumable)
-        with self._ranks.together(f"saving {folder}"):
+        manifest = self._save_model(folder, resumable=resumable, beside=self._write_state if resumable else None)
+        with self._ranks.together(f"saving {folder}"), naming_faults(folder):
             if not self._ranks.is_main:
                 return manifest
             if self._processing_class is not None:
                 self._processing_class.save_pretrained(folder)
-            if resumable:
-                self._state.write(folder, manifest, self._optimizer.state_dict())
-            else:
+            if not resumable:
                 # One of an older save: it fits these weights no more.
                 (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
         return manifest
@@ -272,13 +264,14 @@ class Guard:
         if self._finished:
             return
         self._check_state_written()
-        self._finished = True
         self._release()
         if not self._begun:
+            self._finished = True
             _logger.warning("no step was taken: %s is not marked", self.config.model_id)
             return
         self._order.reset()
         self.mark.finish()
+        self._finished = True
         self.mark.check_ranks(self.model)
         folder, destination = self._finished_folder, self._destination
         if folder is None:
@@ -314,9 +307,15 @@ class Guard:
         return self._accelerator is None or bool(self._accelerator.sync_gradients)
 
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
-        self._saved = self.mark.save(model, plain_save, folder, kwargs)
+        beside, self._beside = self._beside, None
+        self._saved = self.mark.save(model, plain_save, folder, kwargs, beside=beside)
 
-    def _save_model(self, folder: Path, *, resumable: bool) -> Manifest:
+    def _write_state(self, folder: Path, set_id: str) -> None:
+        # Staged with the weights: a process that dies meanwhile leaves the old save, or a new one that is whole.
+        context = state_context(self.config.model_id, self.config.iteration, set_id)
+        self._state.write(folder, context, self._optimizer.state_dict())
+
+    def _save_model(self, folder: Path, *, resumable: bool, beside: Beside | None = None) -> Manifest:
         if resumable and is_sharded(self.model):
             raise UnsupportedError(
                 "the state of an optimizer that lies in parts on several processes is not saved by this version",
@@ -325,7 +324,7 @@ class Guard:
         with self._ranks.together(f"saving {folder}"):
             self._order.check_save()
         self.mark.check_ranks(self.model)
-        self._saved = None
+        self._saved, self._beside = None, beside
         with self._ranks.together(f"saving {folder}"):
             self.model.save_pretrained(str(folder))
         return self._ranks.from_main(f"saving {folder}", self._what_was_saved)
@@ -359,20 +358,12 @@ class Guard:
     def _read_model(self, folder: Path) -> int:
         self._check_free(folder)
         read_weights(folder, self.model, self.mark.owner)
-        manifest, _ = read_manifest(folder, signer=self.mark.owner.signing_key().public_key())
-        if manifest.step is None:
+        step = self.mark.resumed_from(folder, self.model).step
+        if step is None:
             raise ManifestError(
                 f"{folder} was not written by a training run", hint="load it as the model to start from"
             )
-        committed = self.mark.committed
-        if committed is not None and manifest.commitment != committed.entry.hash:
-            raise ConfigError(
-                f"{folder} belongs to another run: its mark was committed to in {manifest.commitment}, "
-                f"this run's in {committed.entry.hash}",
-                hint="resume in a new process, or from a checkpoint of this run",
-            )
-        self.mark.resumed_from(folder)
-        return manifest.step
+        return step
 
     def _check_free(self, folder: Path) -> None:
         check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)

@@ -14,7 +14,6 @@ import torch
 from hf_wmguard.errors import UnsupportedError
 
 _USE_CPU = "ACCELERATE_USE_CPU"
-_SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 def started() -> int:
@@ -22,12 +21,17 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE") or "1")
 
 
+def asks_for(what: str) -> bool:
+    """Return whether ``accelerate launch`` was told to use ``DEEPSPEED`` or ``FSDP``."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
+
+
 def join_on_cpus() -> None:
     """Let accelerate join this process with those started beside it, on a machine without a GPU too.
 
     Call it before the Accelerator or the TrainingArguments are made.
     """
-    shards = any(os.environ.get(name, "").lower() == "true" for name in _SHARDING)
+    shards = asks_for("DEEPSPEED") or asks_for("FSDP")
     # accelerate would drop DeepSpeed and FSDP for DDP, without a word.
     if started() > 1 and not shards and not torch.cuda.is_available():
         os.environ.setdefault(_USE_CPU, "true")

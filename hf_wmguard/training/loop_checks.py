@@ -16,7 +16,7 @@ from hf_wmguard.training.launching import check_joined
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model, inner_model
 from hf_wmguard.training.sharded import backend_of, is_sharded
-from hf_wmguard.training.support import check_model
+from hf_wmguard.training.support import check_model, check_optimizer, check_trains, inner_optimizer
 from hf_wmguard.training.zero import uses_zero
 from hf_wmguard.watermark.triggers import TEXT_TASKS
 
@@ -35,9 +35,7 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     """
     _check_modes(model, optimizer, accelerator)
     checked = check_model(unwrapped(model))
-    trained = {id(parameter) for parameter in checked.parameters() if parameter.requires_grad}
-    if not trained:
-        raise UnsupportedError("the model is frozen: there is nothing to mark", hint="train some of its parameters")
+    check_trains(checked)
     if config.quality is not None:
         raise UnsupportedError(
             "quality is measured by a Trainer, of which a loop of your own has none",
@@ -45,7 +43,9 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
         )
     if config.signature is not None:
         backend_of(checked)
-    if not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+    trained = {id(parameter) for parameter in checked.parameters() if parameter.requires_grad}
+    groups = getattr(optimizer, "param_groups", ())
+    if not any(id(parameter) in trained for group in groups for parameter in group["params"]):
         raise UsageError(
             "the optimizer trains none of this model's parameters",
             hint="make the optimizer from the model that is given to the guard",
@@ -60,6 +60,34 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     return checked
 
 
+def check_settings(
+    config: WatermarkConfig, processing_class: Any, max_steps: int | None, steps_per_epoch: int | None
+) -> int:
+    """Refuse a guard that could not tell when the mark comes, or make its triggers; arguments as those of `Guard`.
+
+    Returns:
+        The optimizer steps of the run.
+    Raises:
+        UsageError: One is missing, or makes no sense.
+    """
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise UsageError(
+            f"max_steps is {max_steps!r}, expected the number of optimizer steps of the whole run",
+            hint="the mark comes at the end, which has to be known: pass max_steps=epochs * steps_per_epoch",
+        )
+    if steps_per_epoch is not None and (not isinstance(steps_per_epoch, int) or steps_per_epoch < 1):
+        raise UsageError(
+            f"steps_per_epoch is {steps_per_epoch!r}, expected 1 or more optimizer steps",
+            hint="leave it out where the dataloader is given, or count batches over gradient accumulation, rounded up",
+        )
+    if config.triggers is not None and processing_class is None:
+        raise UsageError(
+            "triggers need the model's tokenizer or image processor",
+            hint="pass processing_class=tokenizer, or set triggers=None",
+        )
+    return max_steps
+
+
 def check_prepared(accelerator: Accelerator, model: Model, optimizer: Any) -> None:
     """Refuse an accelerator whose states hold anything but this model and this optimizer.
 
@@ -69,7 +97,7 @@ def check_prepared(accelerator: Accelerator, model: Model, optimizer: Any) -> No
     """
     models, optimizers = accelerator._models, accelerator._optimizers
     if not any(unwrapped(one) is model for one in models) or not any(
-        _inner(one) is _inner(optimizer) for one in optimizers
+        inner_optimizer(one) is inner_optimizer(optimizer) for one in optimizers
     ):
         raise UsageError(
             "the model and its optimizer are not prepared by this accelerator",
@@ -90,9 +118,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | None) -> None:
+    check_optimizer(optimizer)
     check_joined(int(accelerator.num_processes) if accelerator is not None else Ranks.current().size)
     kind = accelerator.distributed_type if accelerator is not None else DistributedType.NO
-    inner, name = unwrapped(model), type(_inner(optimizer)).__name__
+    inner, name = unwrapped(model), type(inner_optimizer(optimizer)).__name__
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     deepspeed = kind == DistributedType.DEEPSPEED or uses_zero(inner) or type(model).__name__ == "DeepSpeedEngine"
     whole = isinstance(model, FullyShardedDataParallel) or kind == DistributedType.FSDP
@@ -118,19 +147,10 @@ def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | No
             "an optimizer of which each process has a part of the state",
             "use an optimizer that is the same on all of them",
         ),
-        (
-            "schedulefree" in name.lower(),
-            "a schedule-free optimizer, which trains other weights than it saves",
-            "use another optimizer",
-        ),
     ]
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
-
-
-def _inner(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _adds_gradients(config: WatermarkConfig, model: Model) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,26 +26,25 @@ from hf_wmguard.protect import (
     SavedAdapter,
     State,
     commit,
-    new_record,
     new_salt,
     registry_body,
 )
 from hf_wmguard.training.backends import ParameterBackend
-from hf_wmguard.training.commitments import find_committed
+from hf_wmguard.training.commitments import check_same_run, find_committed, plan_record
 from hf_wmguard.training.loss_scale import scale_of, was_skipped
 from hf_wmguard.training.outcome import report_save
 from hf_wmguard.training.ranks import Ranks, check_equal
-from hf_wmguard.training.saving import Model, Save, inner_model, send_parts, weights_go_to
+from hf_wmguard.training.saving import Model, Save, inner_model, naming_faults, send_parts, weights_go_to
 from hf_wmguard.training.schedule import Phase, last_epochs
 from hf_wmguard.training.sharded import backend_of, is_sharded
 from hf_wmguard.training.signature_step import SignatureStep
 from hf_wmguard.training.support import check_finite
-from hf_wmguard.training.trigger_set import make_triggers
 from hf_wmguard.training.trigger_step import TriggerStep
-from hf_wmguard.watermark.record import WatermarkRecord, trigger_key
+from hf_wmguard.watermark.record import WatermarkRecord
 
 _logger = logging.getLogger(__name__)
 _STATE_LABEL = "training-state"
+Beside = Callable[[Path, str], None]
 
 
 class Mark:
@@ -130,7 +128,7 @@ class Mark:
             )
             self._signature = SignatureStep(keys, before, backend, self.config.signature, phase, rounding_key)
             self._adapters = backend.saved()
-            self._restore_state(self._signature)
+            self._restore_state(self._signature, self._resumed_from)
         if self.config.triggers is not None and record.triggers is not None:
             triggers = self.config.triggers
             phase = (
@@ -149,7 +147,7 @@ class Mark:
         self.ranks.check_same("the config", repr((self.config.signature, self.config.triggers)), hint=same)
         salt = self.ranks.from_main("planning the watermark", new_salt)
         with self.ranks.together("planning the watermark"):
-            planned = self._plan(model, backend, dataset, salt)
+            planned = plan_record(self.owner, self.config, model, backend, self._tokenizer, dataset, salt)
         if self.ranks.size == 1:
             return self._fix(planned)
         # The entry and not the record, so that every rank checks for itself that the one commits to the other.
@@ -166,34 +164,27 @@ class Mark:
             return find_committed(self.owner, self.config, planned, step=self._step, resumed_from=self._resumed_from)
         return self._commit(planned)
 
-    def _plan(self, model: Model, backend: ParameterBackend | None, dataset: Any, salt: bytes) -> WatermarkRecord:
-        plan = partial(new_record, self.owner, self.config, salt=salt)
-        record = (
-            plan(shapes={})
-            if backend is None
-            else plan(shapes=backend.shapes(), read=backend.read, bases=backend.bases())
-        )
-        if self.config.triggers is None:
-            return record
-        # After the weights were read: asking the model can rearrange quantized ones.
-        key = trigger_key(self.owner, self.config.model_id, self.config.iteration, salt)
-        triggers = make_triggers(key, self.config.triggers, inner_model(model), self._tokenizer, dataset=dataset)
-        return dataclasses.replace(record, triggers=triggers)
-
     def _commit(self, planned: WatermarkRecord) -> Committed:
         committed = commit(planned, Path(self.config.registry), self.owner)
         _logger.info("committed to the watermark of %s: %s", self.config.model_id, committed.entry.hash)
         return committed
 
-    def resumed_from(self, folder: Path) -> None:
-        """Note the protected checkpoint that the model's weights were just read from."""
-        self._resumed_from, _ = read_manifest(folder, signer=self.owner.signing_key().public_key())
-        if self._signature is not None:
-            # The best model, read back after training: its moves count, not those of the weights it replaces.
-            self._restore_state(self._signature)
+    def resumed_from(self, folder: Path, model: Model) -> Manifest:
+        """Note the protected checkpoint that a model's weights were just read from, and return its manifest.
 
-    def _restore_state(self, signature: SignatureStep) -> None:
-        manifest = self._resumed_from
+        Raises:
+            ConfigError: What this model bears was committed to by another run.
+        """
+        manifest, _ = read_manifest(folder, signer=self.owner.signing_key().public_key())
+        if self.committed is not None and self._model is not None and self._model() is model:
+            check_same_run(self.committed, manifest, folder)
+            if self._signature is not None:
+                # The best model, read back after training: its moves count, not those of the weights it replaces.
+                self._restore_state(self._signature, manifest)
+        self._resumed_from = manifest
+        return manifest
+
+    def _restore_state(self, signature: SignatureStep, manifest: Manifest | None) -> None:
         if manifest is not None and manifest.sealed_state is not None:
             sealed = decode_base64(manifest.sealed_state, "sealed state")
             signature.restore(self.owner.open(_STATE_LABEL, sealed, aad=manifest.set_id.encode()))
@@ -239,11 +230,12 @@ class Mark:
     def finish(self) -> None:
         """Bring the signature to its lattice where training did not: a run cut short, or older weights loaded back."""
         early = self.state != "complete"
-        self._finished = True
         if self._signature is None:
+            self._finished = True
             return
         last = self._signature.last_change
         self._signature.run(1.0, self._step)
+        self._finished = True
         rest = self._signature.last_change
         _logger.info("last step to the lattice: relative weight change %.2g, at the end of training %.2g", last, rest)
         if early:
@@ -301,7 +293,15 @@ class Mark:
         }
         check_equal(self.ranks, list(parameters), list(parameters.values()))
 
-    def save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> Manifest | None:
+    def save(
+        self,
+        model: Model,
+        plain_save: Save,
+        folder: Path,
+        kwargs: dict[str, Any],
+        *,
+        beside: Beside | None = None,
+    ) -> Manifest | None:
         """Write one save of the model as ciphertext, judge it by what was written, and sign the verdict.
 
         Args:
@@ -309,8 +309,11 @@ class Mark:
             plain_save: Its own ``save_pretrained``.
             folder: Where to.
             kwargs: The other arguments of ``save_pretrained``.
+            beside: Writes what belongs to this save alone: called with the folder where it is staged and its set id.
         Returns:
             What was signed; None on a process that does not write.
+        Raises:
+            EnvironmentFault: It cannot be written; the old save is as it was.
         """
         ranks = Ranks.current() if is_sharded(model) else Ranks()
         if not ranks.is_main:
@@ -320,7 +323,7 @@ class Mark:
             return None
         # Step by step: no other process may wait in the next one's collectives for this one, when it has failed.
         together = partial(ranks.together, f"saving {folder}")
-        with ExitStack() as stack:
+        with naming_faults(folder), ExitStack() as stack:
             with together():
                 writer = stack.enter_context(ProtectedWriter(folder, config=self.config, owner=self.owner))
             with together(), weights_go_to(writer.add, model):
@@ -329,6 +332,8 @@ class Mark:
             with together():
                 triggers = self._trigger_summary(model)
             with together():
+                if beside is not None:
+                    beside(writer.staging, writer.set_id)
                 manifest = self._finish_save(model, writer, triggers)
                 if manifest.state == "complete":
                     Registry(Path(self.config.registry), self.owner).append("save", registry_body(manifest, folder))

@@ -61,7 +61,7 @@ class OptimizerGuard:
                 return plain_state()
             (folder, manifest, writes), self._checkpoint = self._checkpoint, None
             if writes:
-                self.write(folder, manifest, plain_state())
+                self.write(folder, _context(manifest), plain_state())
             return {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
 
         def load_state_dict(state: Any) -> Any:
@@ -104,7 +104,7 @@ class OptimizerGuard:
         finally:
             self._reading = None
 
-    def expect(self, folder: Path) -> None:
+    def expect(self, folder: Path | None) -> None:
         """Expect the next state that ``load_state_dict`` is given, and that alone, to come from this checkpoint."""
         self._expected = folder
 
@@ -112,12 +112,12 @@ class OptimizerGuard:
         """Return whether a checkpoint's weights were saved, and nobody has asked for the state that belongs to them."""
         return self._checkpoint is not None
 
-    def write(self, folder: Path, manifest: Manifest, state: Any) -> None:
+    def write(self, folder: Path, context: FileContext, state: Any) -> None:
         """Write a state, encrypted, beside the weights of a save.
 
         Args:
-            folder: The save.
-            manifest: Its manifest.
+            folder: The save, or where it is staged.
+            context: Which save, as `state_context` names it.
             state: What ``state_dict`` gave.
         Raises:
             EnvironmentFault: It cannot be written.
@@ -130,8 +130,8 @@ class OptimizerGuard:
         write_protected(
             path,
             Encoded(tensors),
-            dek=self._key(manifest),
-            context=_context(manifest),
+            dek=self._key(context),
+            context=context,
             hide_names=self._hide_names,
         )
 
@@ -152,17 +152,15 @@ class OptimizerGuard:
             ManifestError, AuthenticationError, FormatError: It does not belong to this save, or was changed.
         """
         manifest, _ = read_manifest(folder, signer=self._owner.signing_key().public_key())
-        with ProtectedFile(folder / OPTIMIZER_NAME, dek=self._key(manifest), context=_context(manifest)) as file:
+        context = _context(manifest)
+        with ProtectedFile(folder / OPTIMIZER_NAME, dek=self._key(context), context=context) as file:
             # As the Trainer reads its own: no code is run.
             skeleton = io.BytesIO(file.read(_SKELETON))
             return _put_back(torch.load(skeleton, map_location="cpu", weights_only=True), file)
 
-    def _key(self, manifest: Manifest) -> bytes:
+    def _key(self, context: FileContext) -> bytes:
         return self._owner.derive(
-            "optimizer",
-            model_id=manifest.model_id,
-            iteration=manifest.iteration,
-            salt=manifest.set_id.encode(),
+            "optimizer", model_id=context.model_id, iteration=context.iteration, salt=context.set_id.encode()
         )
 
     def __repr__(self) -> str:
@@ -174,8 +172,13 @@ def is_note(state: object) -> bool:
     return state == {_NOTE: f"the state is in {OPTIMIZER_NAME}"}
 
 
+def state_context(model_id: str, iteration: str, set_id: str) -> FileContext:
+    """Return what ties an optimizer's state to one save."""
+    return FileContext(model_id=model_id, iteration=iteration, set_id=set_id, role=_ROLE)
+
+
 def _context(manifest: Manifest) -> FileContext:
-    return FileContext(model_id=manifest.model_id, iteration=manifest.iteration, set_id=manifest.set_id, role=_ROLE)
+    return state_context(manifest.model_id, manifest.iteration, manifest.set_id)
 
 
 def _take_out(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -6,6 +6,7 @@ The method is shadowed on the instance; a call through the class, ``PeftModel.sa
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_wmguard.errors import UnsupportedError, WmguardError
+from hf_wmguard.errors import EnvironmentFault, UnsupportedError, WmguardError
 from hf_wmguard.training.sharded import is_sharded
 
 Model = PreTrainedModel | PeftModel
@@ -86,6 +87,21 @@ def weights_go_to(sink: Sink, model: Model) -> Iterator[None]:
             raise failed[0]
 
 
+@contextmanager
+def naming_faults(folder: Path) -> Iterator[None]:
+    """Say what to do where a library cannot write a file of its own, such as the config; ours say it themselves.
+
+    Raises:
+        EnvironmentFault: The system refused to write.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot save into {folder}: {error.strerror or error}", hint="check free space and permissions"
+        ) from error
+
+
 def send_parts(model: Model, plain_save: Save, kwargs: Mapping[str, Any]) -> None:
     """Take part in the save of a model that lies in parts, on a process that writes nothing of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +123,9 @@ class _GuardedSave:
         self._save = save
         self._push = push
 
-    def __call__(self, save_directory: Any, **kwargs: Any) -> None:
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        plain = MethodType(type(self._model).save_pretrained, self._model)
+        kwargs |= dict(zip(list(inspect.signature(plain).parameters)[1:], args, strict=False))
         options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         pushes, repo = kwargs.pop("push_to_hub", False), options.pop("repo_id", None)
         if kwargs.get("distributed_checkpoint"):
@@ -122,7 +140,6 @@ class _GuardedSave:
         # Of a model that lies in parts, all processes take part in a save.
         if not kwargs.get("is_main_process", True) and not is_sharded(self._model):
             return
-        plain = MethodType(type(self._model).save_pretrained, self._model)
         self._save(self._model, plain, Path(save_directory), kwargs)
         if pushes:
             self._push(Path(save_directory), repo or Path(save_directory).absolute().name, options)

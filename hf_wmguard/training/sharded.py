@@ -172,9 +172,6 @@ class ShardedParameters(WholeParameters):
                 found[index] = values.reshape(own[index].shape)
         return found
 
-    def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
-        return self.projections_of([key], [committed])[0]
-
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         block = _Block.of(self._parameters[key.carrier.name], key)
         change = block.left(key.left_inverse) @ shift.float() @ block.right(key.right_inverse).T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from typing import Any
 
@@ -15,7 +14,7 @@ from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.recipients import load_recipient, seal_recipients
 from hf_wmguard.errors import NonFiniteWeightError, UnsupportedError
 from hf_wmguard.training.backends import ADAPTER
-from hf_wmguard.training.launching import check_joined
+from hf_wmguard.training.launching import asks_for, check_joined
 from hf_wmguard.training.saving import Model
 from hf_wmguard.training.sharded import is_sharded, local
 
@@ -39,7 +38,9 @@ def check_model(model: nn.Module | None) -> Model:
         raise UnsupportedError(
             f"model is {type(inner).__name__}, expected a transformers PreTrainedModel or a PeftModel of one: "
             "the Trainer saves anything else in plaintext",
-            hint="wrap the network in a PreTrainedModel",
+            hint="pass the model that was compiled, and torch_compile=True in TrainingArguments"
+            if hasattr(model, "_orig_mod")
+            else "wrap the network in a PreTrainedModel",
         )
     if model is inner and getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedError(
@@ -62,6 +63,37 @@ def check_model(model: nn.Module | None) -> Model:
             hint="load it without offload_folder",
         )
     return model
+
+
+def check_trains(model: nn.Module) -> None:
+    """Refuse a model of which nothing is trained.
+
+    Raises:
+        UnsupportedError: All of it is frozen.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UnsupportedError("the model is frozen: there is nothing to mark", hint="train some of its parameters")
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper, or itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse an optimizer whose weights in training are not those of a save.
+
+    Args:
+        optimizer: As accelerate has wrapped it, or any other.
+    Raises:
+        UnsupportedError: A schedule-free one.
+    """
+    if "schedulefree" in type(inner_optimizer(optimizer)).__name__.lower():
+        raise UnsupportedError(
+            "training mode is not supported by this version: a schedule-free optimizer, which trains other weights "
+            "than it saves",
+            hint="use another optimizer",
+        )
 
 
 def _check_adapters(model: PeftModel) -> None:
@@ -115,7 +147,7 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         ),
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
         (
-            not attached and (args.deepspeed or args.fsdp or _accelerate_shards()),
+            not attached and (args.deepspeed or args.fsdp or asks_for("DEEPSPEED") or asks_for("FSDP")),
             "DeepSpeed or FSDP beside a bare callback, which cannot tell what they write",
             "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         ),
@@ -150,11 +182,6 @@ def check_recipients(config: WatermarkConfig) -> None:
     recipients = [load_recipient(reference) for reference in config.protection.recipients]
     if recipients:
         seal_recipients(secrets.token_bytes(32), recipients, set_id="check", model_id=config.model_id)
-
-
-def _accelerate_shards() -> bool:
-    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-    return any(os.environ.get(name, "false").lower() == "true" for name in names)
 
 
 def check_finite(parameters: dict[str, nn.Parameter]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
 from hf_wmguard.config import TriggerConfig
@@ -103,9 +104,15 @@ def _rows_for(config: TriggerConfig, task: TriggerTask, dataset: Any, processor:
     return rows
 
 
+def has_rows(dataset: Any) -> bool:
+    """Return whether rows of a dataset can be asked for by number."""
+    # By type, too: torch's data without a length has the methods, which raise, and that of datasets gives columns.
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+
 def _readable(dataset: Any, processor: Any) -> list[str]:
     """Return rows of a dataset as texts: from its tokens, else from its longest column of text."""
-    if dataset is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if not has_rows(dataset):
         return []
     count = min(len(dataset), _MAX_ROWS)
     # Spread over the whole, in a fixed order: a resumed run sees the same rows.

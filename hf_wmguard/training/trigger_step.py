@@ -25,6 +25,7 @@ from hf_wmguard.training.loss_scale import unscale_
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_move import Moments, descend, moments_of, peak_rate
+from hf_wmguard.training.trigger_set import has_rows
 from hf_wmguard.watermark.answers import Prompt
 from hf_wmguard.watermark.contexts import in_context
 from hf_wmguard.watermark.prf import Stream
@@ -65,7 +66,7 @@ class TriggerStep:
         self._config = config
         self.phase = phase
         self._processor = processor
-        self._data = data if hasattr(getattr(data, "dataset", None), "__getitem__") else None
+        self._data = data if has_rows(getattr(data, "dataset", None)) else None
         # Of the set itself and no key: surroundings need not be secret, only the same after a resume.
         self._seed = hashlib.sha256(triggers.digest().encode()).digest()
         writes = triggers.task in TEXT_TASKS

@@ -81,9 +81,6 @@ class ZeroParameters:
         distributed.all_reduce(tile, group=_group_of(parameter))
         return tile
 
-    def projections(self, key: CarrierKey, committed: Tensor) -> Tensor:
-        return self.projections_of([key], [committed])[0]
-
     def projections_of(self, keys: Sequence[CarrierKey], committed: Sequence[Tensor]) -> list[Tensor]:
         own = [self._partial(key).flatten() for key in keys]
         sums = torch.cat(own)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import Recorder, StopAt, make_rows
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState
 
@@ -16,7 +17,7 @@ from hf_wmguard import WatermarkCallback, protect_trainer
 from hf_wmguard.config import ProtectionConfig, QualityConfig, SignatureConfig
 from hf_wmguard.errors import ConfigError, QualityError, UnsupportedError
 from hf_wmguard.evidence.manifest import read_manifest
-from hf_wmguard.training.quality import AFTER, BEFORE
+from hf_wmguard.training.quality import AFTER, BEFORE, QualityGate, measure_with
 
 Make = Callable[..., Any]
 FIRST, STEPS = 8, 16
@@ -53,6 +54,7 @@ def train(
             trainer={
                 "callbacks": list(callbacks),
                 "eval_dataset": settings.pop("eval_dataset", make_rows("classification", tokenizer, texts[:8])),
+                "compute_metrics": settings.pop("compute_metrics", None),
             },
             **settings,
         )
@@ -169,8 +171,11 @@ def test_what_cannot_be_measured_is_refused_before_training(
     with pytest.raises(UnsupportedError, match="bare callback") as caught:
         trainer.train()
     assert "protect_trainer" in caught.value.hint
-    with pytest.raises(ConfigError, match="is none of"):
-        train(quality=QualityConfig(metric="no_such_metric"))
+    # Without compute_metrics that is known at once; with it, when it has run.
+    with pytest.raises(ConfigError, match="is none of accuracy, loss, perplexity"):
+        train(quality=QualityConfig(metric="no_such_metric"), start=False)
+    with pytest.raises(ConfigError, match="is none of accuracy, f1, loss"):
+        train(quality=QualityConfig(metric="no_such_metric"), compute_metrics=lambda predicted: {"f1": 1.0})
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -179,3 +184,44 @@ def test_resuming_inside_the_phase_needs_the_first_value(train: Make) -> None:
     with pytest.raises(ConfigError, match="inside the marked phase") as caught:
         train(quality=QualityConfig(), resume=True)
     assert "step 8 or before" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("loss", False),
+        ("eval_loss", False),
+        ("logloss", False),
+        ("error_rate", False),
+        ("mean_squared_error", False),
+        ("rmse", False),
+        ("wer", False),
+        ("accuracy", True),
+        ("f1", True),
+        ("exact_answer", True),
+    ],
+)
+def test_a_name_says_what_is_better(metric: str, greater: bool) -> None:
+    gate = QualityGate(QualityConfig(metric=metric), iter([1.0, 0.5]).__next__)
+    gate.measure_before()
+    if greater:
+        with pytest.raises(QualityError, match=metric):
+            gate.measure_after()
+    else:
+        assert gate.measure_after() == 0.5
+
+
+def test_accuracy_of_a_language_model_is_that_of_the_next_token(
+    make_trainer: Make, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    rows = make_rows("causal_lm", tokenizer, texts[:8])
+    trainer = make_trainer("causal_lm", num_train_epochs=8, save_strategy="no", trainer={"eval_dataset": rows})
+    trainer.train()
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    trainer.model.eval()
+    with torch.no_grad():
+        right = trainer.model(**batch).logits.argmax(dim=-1)[:, :-1] == batch["labels"][:, 1:]
+    expected = float(right[batch["labels"][:, 1:] != -100].float().mean())
+    assert expected > 0.1
+    assert measure_with(trainer, "accuracy") == pytest.approx(expected)
+    assert trainer.preprocess_logits_for_metrics is None

@@ -64,7 +64,11 @@ def test_the_loop_with_accelerate(names: dict[str, Any]) -> None:
 def test_the_plain_loop(names: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     exec(PLAIN, names)  # noqa: S102
     _check("finished", names["config"])
-    again = {**names, "model": make_model("classification", len(tokenizer)), "resume_from": "checkpoint"}
+    again = {
+        **names,
+        "model": make_model("classification", len(tokenizer)),
+        "resume_from": str(next(Path().glob("checkpoint-*"))),
+    }
     exec(PLAIN, again)  # noqa: S102
     assert again["guard"].mark.state == "complete"
 
