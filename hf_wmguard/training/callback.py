@@ -160,7 +160,13 @@ class WatermarkCallback(TrainerCallback):
             )
         model = self._begun = self._guard(kwargs["model"])
         self._optimizer.guard(kwargs.get("optimizer"))
-        out, finished = Path(str(args.output_dir)), self._finished_folder(args)
+        out, finished = self._run_folder(args), self._finished_folder(args)
+        if finished is not None and state.is_hyper_param_search:
+            raise UnsupportedError(
+                "protection.destination beside a hyperparameter search, where each trial would take the place of the "
+                "one before",
+                hint="search with destination null, then train a new Trainer with the best values and the destination",
+            )
         for folder in [out, *out.glob("checkpoint-*")] + ([finished] if finished else []):
             check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
         if self._pushes is not None:
@@ -205,7 +211,7 @@ class WatermarkCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that the checkpoint that was just written holds no plaintext state of the optimizer."""
-        self._optimizer.finish(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self._optimizer.finish()
 
     def on_log(
         self,
@@ -276,6 +282,12 @@ class WatermarkCallback(TrainerCallback):
                 "a bare callback cannot guard trainer.push_to_hub()",
                 hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
             )
+
+    def _run_folder(self, args: TrainingArguments) -> Path:
+        """Return where this run's checkpoints go: of a hyperparameter search, each trial has a folder of its own."""
+        if self._trainer is None:
+            return Path(str(args.output_dir))
+        return Path(self._trainer._get_output_dir(getattr(self._trainer, "_trial", None)))
 
     def _finished_folder(self, args: TrainingArguments) -> Path | None:
         """Return where the finished model is saved: the destination itself, or from where it is sent there."""
