@@ -35,6 +35,7 @@ from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.merging import guard_merge
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.pushing import TrainerPushes
+from hf_wmguard.training.quality import pause
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights
 from hf_wmguard.training.saving import Model, Save, guard_saves
@@ -225,7 +226,7 @@ class WatermarkCallback(TrainerCallback):
         if self._logging or "loss" not in (logs or {}):
             return
         if self._gate is not None:
-            self._pause(self._gate.is_jump(logs, self.mark.paused))
+            pause(self.mark, self._gate.is_jump(logs, self.mark.paused))
         metrics = self.mark.metrics()
         if not metrics:
             return
@@ -238,11 +239,6 @@ class WatermarkCallback(TrainerCallback):
             self._trainer.log(metrics)
         finally:
             self._logging = False
-
-    def _pause(self, jumped: bool) -> None:
-        if jumped != self.mark.paused:
-            _logger.warning("the training loss has %s", "jumped: the mark waits" if jumped else "come down: it goes on")
-        self.mark.paused = jumped
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
