@@ -21,6 +21,30 @@ from hf_wmguard.training.zero import uses_zero
 from hf_wmguard.watermark.triggers import TEXT_TASKS
 
 
+def check_run(config: WatermarkConfig, *, max_steps: int | None, processing_class: Any, evaluate: Any) -> int:
+    """Return the optimizer steps of the run, if a guard was told all that its config needs.
+
+    Raises:
+        UsageError: The steps, or for triggers the tokenizer, or for quality the way to evaluate is missing.
+    """
+    if max_steps is None or max_steps < 1:
+        raise UsageError(
+            f"max_steps is {max_steps}, expected the number of optimizer steps of the whole run",
+            hint="the mark comes at the end, which has to be known: pass max_steps=epochs * steps_per_epoch",
+        )
+    if config.triggers is not None and processing_class is None:
+        raise UsageError(
+            "triggers need the model's tokenizer or image processor",
+            hint="pass processing_class=tokenizer, or set triggers=None",
+        )
+    if config.quality is not None and evaluate is None:
+        raise UsageError(
+            "quality needs a way to evaluate the model",
+            hint="pass evaluate=, a function from the model to its metrics, or set quality to null",
+        )
+    return max_steps
+
+
 def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accelerator: Accelerator | None) -> Model:
     """Return the model inside what a loop trains, if it can be marked and its saves can be intercepted.
 
@@ -38,11 +62,6 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     trained = {id(parameter) for parameter in checked.parameters() if parameter.requires_grad}
     if not trained:
         raise UnsupportedError("the model is frozen: there is nothing to mark", hint="train some of its parameters")
-    if config.quality is not None:
-        raise UnsupportedError(
-            "quality is measured by a Trainer, of which a loop of your own has none",
-            hint="set quality to null, and compare your own metric before the marked phase and after guard.finish()",
-        )
     if config.signature is not None:
         backend_of(checked)
     if not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):

@@ -27,7 +27,6 @@ def measure_with(trainer: Any, metric: str) -> float:
     Raises:
         ConfigError: There is no such metric, or it is no number.
     """
-    counts = metric.removeprefix("eval_") == "accuracy" and trainer.compute_metrics is None
     outputs: list[Any] = []
     plain_loop = trainer.evaluation_loop
 
@@ -39,7 +38,7 @@ def measure_with(trainer: Any, metric: str) -> float:
     with ExitStack() as stack:
         stack.enter_context(undisturbed(trainer.model))
         stack.enter_context(_unheard(trainer))
-        if counts:
+        if metric.removeprefix("eval_") == "accuracy":
             stack.enter_context(_shadowed(trainer, "evaluation_loop", evaluation_loop))
         metrics: Mapping[str, Any] = trainer.evaluate()
     value = named(metrics, metric)

@@ -10,8 +10,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
 from hf_wmguard.container.recipients import X25519Identity
-from hf_wmguard.errors import ManifestError, UnsupportedError
-from hf_wmguard.evidence.manifest import MANIFEST_NAME
+from hf_wmguard.errors import ConfigError, ManifestError, UnsupportedError
+from hf_wmguard.evidence.manifest import MANIFEST_NAME, read_manifest
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.backends import ADAPTER
@@ -47,6 +47,32 @@ def read_weights(folder: Path, model: Model, owner: OwnerKey) -> None:
             f"checkpoint {folder} does not fit the model: {', '.join(sorted(wrong)[:3])} and {len(wrong)} in all",
             hint="resume with the model that was trained; one whose weights have other names on disk cannot be resumed",
         )
+
+
+def read_checkpoint(folder: Path, model: Model, owner: OwnerKey, commitment: str | None) -> int:
+    """Put a checkpoint's weights into a model, and return the optimizer steps done when it was written.
+
+    Args:
+        folder: The checkpoint.
+        model: The model.
+        owner: The owner's key.
+        commitment: What this process's run is committed to already; None where it has not begun.
+    Raises:
+        ManifestError: As `read_weights`, or it is not a training run's.
+        ConfigError: It is another run's.
+        UnsupportedError, NotFoundError, AuthenticationError, FormatError: As `read_weights`.
+    """
+    read_weights(folder, model, owner)
+    manifest, _ = read_manifest(folder, signer=owner.signing_key().public_key())
+    if manifest.step is None:
+        raise ManifestError(f"{folder} was not written by a training run", hint="load it as the model to start from")
+    if commitment is not None and manifest.commitment != commitment:
+        raise ConfigError(
+            f"{folder} belongs to another run: its mark was committed to in {manifest.commitment}, "
+            f"this run's in {commitment}",
+            hint="resume in a new process, or from a checkpoint of this run",
+        )
+    return manifest.step
 
 
 def _not_read(model: Any, tensors: Mapping[str, Tensor], missing: list[str]) -> list[str]:
