@@ -208,10 +208,10 @@ class ProtectionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityConfig:
-    """What marking may cost, measured on the Trainer's evaluation data before the marked phase and after it.
+    """What marking may cost, measured on evaluation data before the marked phase and after it.
 
     Args:
-        metric: ``loss``, ``perplexity``, ``accuracy``, or a name that ``compute_metrics`` gives.
+        metric: ``loss``, ``perplexity``, ``accuracy``, or a name that the evaluation gives.
         tolerance: How much worse it may become, as a share of what it was.
         greater_is_better: None: by its name, as a loss, a perplexity or an error rate, or not.
         on_breach: ``stop`` (the finished model is not saved, with the numbers) or ``warn`` (it is).

@@ -28,8 +28,9 @@ from tiny import (
 )
 from torch import distributed
 
-from hf_wmguard.config import SignatureConfig, TriggerConfig
+from hf_wmguard.config import QualityConfig, SignatureConfig, TriggerConfig, WatermarkConfig
 from hf_wmguard.suspects.plaintext import PlaintextFinder
+from hf_wmguard.training.ranks import Ranks
 
 EPOCHS = 3
 STATE_AT = 2 * STEPS_PER_EPOCH
@@ -45,17 +46,20 @@ class Settings:
     bucket_views: bool = False
     disk_full: bool = False
     drift: bool = False
+    only_until: int | None = None
+    resume: bool = False
+    quality: bool = False
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    root, settings = Path(sys.argv[1]), Settings(**json.loads(sys.argv[2]))
-    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def make_loop(root: Path, settings: Settings) -> tuple[Loop, WatermarkConfig]:
+    """Return the loop of this process, and what guards it."""
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = make_tokenizer()
     config = dataclasses.replace(
         guarded_config(root),
         signature=SignatureConfig(budget=0.06, last_epochs=2),
         triggers=TriggerConfig(count=8, batch_size=4, last_epochs=2, contexts=0.0, form=settings.form),
+        quality=QualityConfig(metric="rank", tolerance=1.0) if settings.quality else None,
     )
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=settings.bucket_views)
     loop = Loop(
@@ -65,9 +69,74 @@ def main() -> None:
         epochs=EPOCHS,
         accelerated=settings.accelerated,
         settings={"kwargs_handlers": [views]} if settings.accelerated else {},
+        # Each process comes to a number of its own.
+        guarding={"evaluate": lambda model: {"rank": 1.0 + rank}} if settings.quality else {},
         processes=processes,
         rank=rank,
     )
+    return loop, config
+
+
+def save_state(loop: Loop, folder: Path) -> None:
+    """Write a checkpoint as the loop's kind does."""
+    if loop.accelerator is not None:
+        loop.accelerator.save_state(str(folder))
+    elif loop.guard is not None:
+        loop.guard.save(folder, resumable=True)
+
+
+def load_state(loop: Loop, folder: Path) -> int:
+    """Go back to a checkpoint, and return its step."""
+    if loop.guard is None:
+        return 0
+    if loop.accelerator is not None:
+        loop.accelerator.load_state(str(folder))
+    else:
+        loop.guard.resume(folder)
+        # The rate itself came with the optimizer's state.
+        loop.scheduler.last_epoch = loop.guard.step
+    loop.step = loop.guard.step
+    return loop.step
+
+
+def part(root: Path, settings: Settings) -> None:
+    """Train up to a checkpoint inside the marked phase, or from there to the end, maybe on other processes."""
+    loop, config = make_loop(root, settings)
+    guard, state = loop.protect(config), root / "state"
+    resumed_at = load_state(loop, state) if settings.resume else 0
+    loop.run(until=settings.only_until)
+    seen, states = weights_of(loop.model), moments(loop.optimizer)
+    if settings.only_until is not None:
+        save_state(loop, state)
+    else:
+        guard.finish()
+        guard.save(root / "final")
+    result: dict[str, Any] = {
+        "world": Ranks.current().size,
+        "resumed_at": resumed_at,
+        "digest": digest_weights(loop.model),
+        "metrics": guard.metrics(),
+        "steps": len(loop.digests),
+    }
+    if loop.rank == 0:
+        found = [
+            *PlaintextFinder({**seen, **weights_of(loop.model)}).scan([root]),
+            *files_holding(root, excerpts(states)),
+        ]
+        result["exposed"] = [str(path) for path in found]
+    (root / f"rank-{loop.rank}.json").write_text(json.dumps(result))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    root, settings = Path(sys.argv[1]), Settings(**json.loads(sys.argv[2]))
+    if settings.resume or settings.only_until is not None:
+        part(root, settings)
+        return
+    loop, config = make_loop(root, settings)
+    rank = loop.rank
     state, seen, states = root / "state", dict[str, Any](), dict[str, Any]()
 
     def sabotage() -> None:
@@ -83,10 +152,7 @@ def main() -> None:
         sabotage()
         seen.update({f"state/{name}": tensor for name, tensor in weights_of(loop.model).items()})
         states.update(moments(loop.optimizer))
-        if loop.accelerator is not None:
-            loop.accelerator.save_state(str(state))
-        else:
-            guard.save(state, resumable=True)
+        save_state(loop, state)
 
     with loop.protect(config) as guard:
         loop.run(at_step=save)
@@ -94,15 +160,7 @@ def main() -> None:
     first = digest_weights(loop.model)
 
     # Back into the marked phase, in the same processes.
-    if loop.accelerator is not None:
-        loop.accelerator.load_state(str(state))
-    else:
-        guard.resume(state)
-    loop.step = guard.step
-    resumed_at = guard.step
-    if loop.accelerator is None:
-        # The rate itself came with the optimizer's state.
-        loop.scheduler.last_epoch = resumed_at
+    resumed_at = load_state(loop, state)
     loop.run()
     guard.finish()
     result = {

@@ -137,7 +137,7 @@ class Loop:
             self.guard.after_backward()
         self.optimizer.step()
         if self.guard is not None:
-            self.guard.after_step()
+            self.guard.after_step(loss=loss)
         self.scheduler.step()
         self.optimizer.zero_grad()
 

@@ -36,6 +36,7 @@ from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.merging import guard_merge
 from hf_wmguard.training.optimizer import OptimizerGuard
 from hf_wmguard.training.pushing import TrainerPushes
+from hf_wmguard.training.quality import pause
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights
 from hf_wmguard.training.saving import Model, Save, guard_saves
@@ -168,7 +169,13 @@ class WatermarkCallback(TrainerCallback):
         check_trains(model)
         check_optimizer(kwargs.get("optimizer"))
         self._optimizer.guard(kwargs.get("optimizer"))
-        out, finished = Path(str(args.output_dir)), self._finished_folder(args)
+        out, finished = self._run_folder(args), self._finished_folder(args)
+        if finished is not None and state.is_hyper_param_search:
+            raise UnsupportedError(
+                "protection.destination beside a hyperparameter search, where each trial would take the place of the "
+                "one before",
+                hint="search with destination null, then train a new Trainer with the best values and the destination",
+            )
         for folder in [out, *out.glob("checkpoint-*")] + ([finished] if finished else []):
             check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
         if self._pushes is not None:
@@ -221,7 +228,7 @@ class WatermarkCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that the checkpoint that was just written holds no plaintext state of the optimizer."""
-        self._optimizer.finish(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self._optimizer.finish()
 
     def on_log(
         self,
@@ -235,7 +242,7 @@ class WatermarkCallback(TrainerCallback):
         if self._logging or "loss" not in (logs or {}):
             return
         if self._gate is not None:
-            self._pause(self._gate.is_jump(logs, self.mark.paused))
+            pause(self.mark, self._gate.is_jump(logs, self.mark.paused))
         metrics = self.mark.metrics()
         if not metrics:
             return
@@ -249,11 +256,6 @@ class WatermarkCallback(TrainerCallback):
             Trainer.log(self._trainer, metrics)
         finally:
             self._logging = False
-
-    def _pause(self, jumped: bool) -> None:
-        if jumped != self.mark.paused:
-            _logger.warning("the training loss has %s", "jumped: the mark waits" if jumped else "come down: it goes on")
-        self.mark.paused = jumped
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -294,6 +296,12 @@ class WatermarkCallback(TrainerCallback):
                 "a bare callback cannot guard trainer.push_to_hub()",
                 hint="use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
             )
+
+    def _run_folder(self, args: TrainingArguments) -> Path:
+        """Return where this run's checkpoints go: of a hyperparameter search, each trial has a folder of its own."""
+        if self._trainer is None:
+            return Path(str(args.output_dir))
+        return Path(self._trainer._get_output_dir(getattr(self._trainer, "_trial", None)))
 
     def _finished_folder(self, args: TrainingArguments) -> Path | None:
         """Return where the finished model is saved: the destination itself, or from where it is sent there."""

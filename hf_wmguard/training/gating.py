@@ -14,8 +14,9 @@ from typing import Any
 from transformers import Trainer, TrainerState
 
 from hf_wmguard.config import QualityConfig
-from hf_wmguard.errors import ConfigError, QualityError
-from hf_wmguard.training.quality import AFTER, BEFORE, QualityGate, check_metric, measure_with
+from hf_wmguard.errors import ConfigError
+from hf_wmguard.training.measuring import check_metric, measure_with
+from hf_wmguard.training.quality import AFTER, BEFORE, QualityGate
 
 
 class TrainerGate:
@@ -25,20 +26,15 @@ class TrainerGate:
         config: Which metric, and how much worse it may be.
         trainer: The Trainer, which has data to evaluate on.
     Raises:
-        ConfigError: It has none, or several sets, or cannot know this metric.
+        ConfigError: It has none, or several sets and a metric of none of them, or cannot know this metric.
     """
 
     def __init__(self, config: QualityConfig, trainer: Trainer) -> None:
-        if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
-            raise ConfigError(
-                f"quality needs one set to evaluate on, got {'several' if trainer.eval_dataset else 'none'}",
-                hint="pass one eval_dataset to the Trainer, or leave out quality",
-            )
+        _check_data(config.metric, trainer.eval_dataset)
         check_metric(trainer, config.metric)
         self._config = config
         self._trainer = trainer
         self._gate = self._new_gate()
-        self._breach: QualityError | None = None
 
     def begin(self, state: TrainerState, first: int) -> bool:
         """Start anew, or go on with what a resumed run has measured before.
@@ -51,22 +47,17 @@ class TrainerGate:
         Raises:
             ConfigError: It is resumed inside the marked phase, and nothing was measured before that.
         """
-        self._gate, self._breach, jumped = self._new_gate(), None, False
+        self._gate, jumped = self._new_gate(), False
         for entry in state.log_history:
             self._gate.before = entry.get(BEFORE, self._gate.before)
             jumped = self.is_jump(entry, jumped)
-        if self._gate.before is None and state.global_step > first:
-            raise ConfigError(
-                f"resuming at step {state.global_step}, inside the marked phase, with no {BEFORE} in the log",
-                hint="resume without quality, or from a checkpoint of step "
-                f"{first} or before: what the model was worth unmarked cannot be measured any more",
-            )
+        self._gate.check_resumed(state.global_step, first, "in the log")
         return jumped
 
     def before_step(self, state: TrainerState, first: int) -> None:
         """Measure where the coming step is the first one that may move anything."""
         if self._gate.before is None and state.global_step >= first:
-            self._log(BEFORE, self._kept_mode(self._gate.measure_before))
+            self._log(BEFORE, self._gate.measure_before())
 
     def is_jump(self, logs: Mapping[str, Any], otherwise: bool) -> bool:
         """Return whether logs hold a training loss that has jumped; what was so before where they hold none."""
@@ -80,10 +71,7 @@ class TrainerGate:
             QualityError: It is worse than the config allows; from now on it is not saved.
         """
         try:
-            self._kept_mode(self._gate.measure_after)
-        except QualityError as error:
-            self._breach = error
-            raise
+            self._gate.measure_after()
         finally:
             if self._gate.after is not None:
                 self._log(AFTER, self._gate.after)
@@ -94,27 +82,29 @@ class TrainerGate:
         Raises:
             QualityError: It has; the same numbers.
         """
-        if self._breach is not None:
-            raise QualityError(self._breach.message, hint=self._breach.hint)
+        self._gate.check_save()
 
     @property
     def is_breached(self) -> bool:
         """Whether the finished model was refused."""
-        return self._breach is not None
+        return self._gate.is_breached
 
     def _new_gate(self) -> QualityGate:
         return QualityGate(self._config, partial(measure_with, self._trainer, self._config.metric))
 
-    def _kept_mode(self, measure: Any) -> float:
-        # The Trainer's evaluation leaves the model evaluating.
-        model: Any = self._trainer.model
-        training = model.training
-        try:
-            value: float = measure()
-        finally:
-            model.train(training)
-        return value
-
     def _log(self, name: str, value: float) -> None:
         # Not through a subclass: TRL's would empty its own averages into this entry.
         Trainer.log(self._trainer, {name: value})
+
+
+def _check_data(metric: str, data: Any) -> None:
+    if data is None or (isinstance(data, dict) and not data):
+        raise ConfigError(
+            "quality needs data to evaluate on", hint="pass eval_dataset to the Trainer, or leave out quality"
+        )
+    name = metric.removeprefix("eval_")
+    if isinstance(data, dict) and not any(name.startswith(f"{one}_") for one in data):
+        raise ConfigError(
+            f"quality.metric {metric!r} is of none of the sets to evaluate on: {', '.join(data)}",
+            hint=f"put a set's name before it, as in {next(iter(data))}_{name}",
+        )

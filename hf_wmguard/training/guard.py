@@ -16,18 +16,19 @@ from torch import nn
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.container.owner import load_owner
 from hf_wmguard.delivery.checking import check_place
-from hf_wmguard.errors import ManifestError, NotFoundError, UnsupportedError
+from hf_wmguard.errors import NotFoundError, UnsupportedError
 from hf_wmguard.evidence.manifest import Manifest, check_free_for
 from hf_wmguard.hardening import hold, release
 from hf_wmguard.stores.location import is_location, parse_location
 from hf_wmguard.suspects.protected import OPTIMIZER_NAME
 from hf_wmguard.training.accelerate_state import guard_accelerator
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved
-from hf_wmguard.training.loop_checks import check_loop, check_settings
+from hf_wmguard.training.loop_checks import check_loop, check_run
+from hf_wmguard.training.loop_gate import Evaluate, LoopGate
 from hf_wmguard.training.mark import Beside, Mark
 from hf_wmguard.training.optimizer import OptimizerGuard, state_context
 from hf_wmguard.training.ranks import Ranks
-from hf_wmguard.training.reading import read_weights
+from hf_wmguard.training.reading import read_weights, steps_done
 from hf_wmguard.training.saving import Model, Save, guard_saves, naming_faults
 from hf_wmguard.training.schedule import count_steps
 from hf_wmguard.training.sharded import is_sharded
@@ -76,9 +77,11 @@ class Guard:
         steps_per_epoch: Optimizer steps of an epoch; by default counted from the dataloader and the accelerator's
             accumulation. Without either, ``last_epochs`` of the config is a share of ``max_steps``.
         dataloader: What the loop trains on, for triggers that are made from its rows, or learned beside them.
+        evaluate: For ``quality``: called with the model before the marked phase and after it, on every process; returns
+            the metric, or several by name.
     Raises:
-        UsageError: ``max_steps`` or, for triggers, ``processing_class`` is missing; the optimizer is another model's;
-            accelerate has not prepared the two.
+        UsageError: ``max_steps`` or, for triggers, ``processing_class`` or, for quality, ``evaluate`` is missing; the
+            optimizer is another model's; accelerate has not prepared the two.
         UnsupportedError: A model or a mode in which the promises cannot be kept.
         KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
         AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
@@ -95,13 +98,15 @@ class Guard:
         max_steps: int | None = None,
         steps_per_epoch: int | None = None,
         dataloader: Any = None,
+        evaluate: Evaluate | None = None,
     ) -> None:
-        steps = check_settings(config, processing_class, max_steps, steps_per_epoch)
+        self._max_steps = check_run(config, processing_class, max_steps, steps_per_epoch, evaluate)
         self.config = config
         self.model: Model = check_loop(config, model, optimizer, accelerator)
         self.mark = Mark(config, load_owner(config.owner_key))
         self.mark.ranks = self._ranks = Ranks.current()
         check_recipients(config)
+        self._gate = LoopGate(config.quality, evaluate, self.model, self.mark)
         allow_public, destination = config.protection.allow_public, config.protection.destination
         self._destination = parse_location(destination) if destination and is_location(destination) else None
         if self._destination is not None:
@@ -116,7 +121,6 @@ class Guard:
         self._optimizer = optimizer
         self._accelerator = accelerator
         self._processing_class = processing_class
-        self._max_steps = steps
         self._data = dataloader
         accumulation = accelerator.gradient_accumulation_steps if accelerator is not None else 1
         self._steps_per_epoch = steps_per_epoch or count_steps(dataloader, accumulation)
@@ -151,7 +155,7 @@ class Guard:
 
     def metrics(self) -> dict[str, float]:
         """Return the watermark's metrics, named ``wmguard/...``, for your logger; empty before the marked phase."""
-        return self.mark.metrics()
+        return self.mark.metrics() | self._gate.metrics()
 
     def before_accumulation(self) -> None:
         """Begin an optimizer step, before its first forward; the first one commits to the watermark.
@@ -161,6 +165,7 @@ class Guard:
         Raises:
             UsageError: The step before has not been ended with `after_step`, or the guard has finished.
             CapacityError, NonFiniteWeightError, RegistryError, UnsupportedError: As `Mark.begin`, at the first step.
+            ConfigError, QualityError: Before the first marked step: there is no such metric, or it is not finite.
         """
         if self._finished:
             raise disorder("before_accumulation", "the guard has finished", "make a new guard for another run")
@@ -168,6 +173,7 @@ class Guard:
             return
         self._check_state_written()
         self._begin(0)
+        self._gate.before_step(self.mark.first)
         if self.mark.before_step(self.model):
             self._order.watch(self.model)
 
@@ -182,11 +188,13 @@ class Guard:
         self._order.complete()
         self.mark.before_optimizer()
 
-    def after_step(self, *, skipped: bool | None = None) -> None:
+    def after_step(self, *, skipped: bool | None = None, loss: Any = None) -> None:
         """Take the steps of the mark that follow an optimizer step; no gradient is left behind.
 
         Args:
             skipped: Whether a loss scaler skipped the optimizer's step; by default what accelerate says.
+            loss: The training loss, for ``quality.spike``, as often as it shall be looked at: in the same steps on all
+                processes, of which the main one's counts.
         Raises:
             UsageError: `before_accumulation` or `after_backward` is missing.
             NonFiniteWeightError: A weight or the triggers' loss is NaN or Inf.
@@ -195,6 +203,7 @@ class Guard:
             return
         self._order.end()
         self.mark.after_step(self.model, self._optimizer, skipped=skipped)
+        self._gate.note_loss(loss)
 
     def save(self, folder: str | Path, *, resumable: bool = False) -> Manifest:
         """Write the model as ciphertext, with its processing class and a signed manifest.
@@ -212,6 +221,7 @@ class Guard:
             UnsupportedError: ``resumable``, and the model lies in parts on several processes.
             OwnershipError: The folder holds another owner's or another model.
             NonFiniteWeightError: A weight is NaN or Inf.
+            QualityError: It was refused at the end of the run.
             EnvironmentFault: It failed on another process, or weights have drifted apart.
         """
         folder = Path(folder)
@@ -224,6 +234,7 @@ class Guard:
             if not resumable:
                 # One of an older save: it fits these weights no more.
                 (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
+            self._gate.write(folder, resumable=resumable)
         return manifest
 
     def resume(self, folder: str | Path) -> int:
@@ -259,6 +270,7 @@ class Guard:
         What goes to the Hub or to S3 is written to ``delivery`` in the project's folder first, and stays there.
 
         Raises:
+            QualityError: The finished model is worse than ``quality`` allows: it is saved no more.
             WmguardError: It cannot be delivered; the hint says how to send the folder later.
         """
         if self._finished:
@@ -270,9 +282,12 @@ class Guard:
             _logger.warning("no step was taken: %s is not marked", self.config.model_id)
             return
         self._order.reset()
+        # A run that was cut short before its marked phase: the mark is put in now.
+        self._gate.before_step(first=0)
         self.mark.finish()
         self._finished = True
         self.mark.check_ranks(self.model)
+        self._gate.finish()
         folder, destination = self._finished_folder, self._destination
         if folder is None:
             return
@@ -307,6 +322,7 @@ class Guard:
         return self._accelerator is None or bool(self._accelerator.sync_gradients)
 
     def _save(self, model: Model, plain_save: Save, folder: Path, kwargs: dict[str, Any]) -> None:
+        self._gate.check_save()
         beside, self._beside = self._beside, None
         self._saved = self.mark.save(model, plain_save, folder, kwargs, beside=beside)
 
@@ -339,6 +355,9 @@ class Guard:
 
     def _save_state(self, folder: Path) -> None:
         self._state.follow(folder, self._save_model(folder, resumable=True), writes=self._ranks.is_main)
+        with self._ranks.together(f"saving {folder}"):
+            if self._ranks.is_main:
+                self._gate.write(folder, resumable=True)
 
     def _load_state(self, folder: Path) -> None:
         self._load_model(folder)
@@ -346,7 +365,9 @@ class Guard:
 
     def _load_model(self, folder: Path) -> None:
         with self._ranks.together(f"reading {folder}"):
-            step = self._read_model(folder)
+            self._check_free(folder)
+            read_weights(folder, self.model, self.mark.owner)
+            step = steps_done(self.mark.resumed_from(folder, self.model), folder)
         self._order.reset()
         self._finished = False
         if step or self.mark.committed is not None:
@@ -354,16 +375,8 @@ class Guard:
             self._release()
             self._begun = False
             self._begin(step)
-
-    def _read_model(self, folder: Path) -> int:
-        self._check_free(folder)
-        read_weights(folder, self.model, self.mark.owner)
-        step = self.mark.resumed_from(folder, self.model).step
-        if step is None:
-            raise ManifestError(
-                f"{folder} was not written by a training run", hint="load it as the model to start from"
-            )
-        return step
+        with self._ranks.together(f"reading {folder}"):
+            self._gate.resume(folder)
 
     def _check_free(self, folder: Path) -> None:
         check_free_for(folder, key_id=self.mark.owner.key_id(), model_id=self.config.model_id)
@@ -381,7 +394,7 @@ class Guard:
 
 def _report_unsaved(reference: weakref.ref[Guard]) -> None:
     guard = reference()
-    if guard is not None and guard._begun and not guard.mark.saved:
+    if guard is not None and guard._begun and not guard.mark.saved and not guard._gate.is_breached:
         _logger.error(
             "the marked model of %s is in memory only, and lost now: call guard.save()", guard.config.model_id
         )

@@ -36,11 +36,6 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     _check_modes(model, optimizer, accelerator)
     checked = check_model(unwrapped(model))
     check_trains(checked)
-    if config.quality is not None:
-        raise UnsupportedError(
-            "quality is measured by a Trainer, of which a loop of your own has none",
-            hint="set quality to null, and compare your own metric before the marked phase and after guard.finish()",
-        )
     if config.signature is not None:
         backend_of(checked)
     trained = {id(parameter) for parameter in checked.parameters() if parameter.requires_grad}
@@ -60,15 +55,15 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
     return checked
 
 
-def check_settings(
-    config: WatermarkConfig, processing_class: Any, max_steps: int | None, steps_per_epoch: int | None
+def check_run(
+    config: WatermarkConfig, processing_class: Any, max_steps: int | None, steps_per_epoch: int | None, evaluate: Any
 ) -> int:
-    """Refuse a guard that could not tell when the mark comes, or make its triggers; arguments as those of `Guard`.
+    """Refuse a guard that was not told all that its config needs; arguments as those of `Guard`.
 
     Returns:
         The optimizer steps of the run.
     Raises:
-        UsageError: One is missing, or makes no sense.
+        UsageError: Something is missing, or makes no sense.
     """
     if not isinstance(max_steps, int) or max_steps < 1:
         raise UsageError(
@@ -84,6 +79,11 @@ def check_settings(
         raise UsageError(
             "triggers need the model's tokenizer or image processor",
             hint="pass processing_class=tokenizer, or set triggers=None",
+        )
+    if config.quality is not None and evaluate is None:
+        raise UsageError(
+            "quality needs a way to evaluate the model",
+            hint="pass evaluate=, a function from the model to its metrics, or set quality to null",
         )
     return max_steps
 

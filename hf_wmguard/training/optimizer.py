@@ -80,14 +80,16 @@ class OptimizerGuard:
         """
         self._checkpoint = (folder, manifest, writes)
 
-    def finish(self, folder: Path) -> None:
+    def finish(self) -> None:
         """Check, when the Trainer has written a checkpoint, that no state in it went past the guard.
 
         Raises:
             UnsupportedError: One did; it has been deleted.
         """
-        missed, self._checkpoint = self._checkpoint is not None, None
-        if missed and (folder / TRAINER_NAME).is_file():
+        if self._checkpoint is None:
+            return
+        (folder, _, _), self._checkpoint = self._checkpoint, None
+        if (folder / TRAINER_NAME).is_file():
             (folder / TRAINER_NAME).unlink()
             raise UnsupportedError(
                 "this Trainer writes the optimizer's state in a way that cannot be intercepted; the plaintext "

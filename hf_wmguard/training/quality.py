@@ -7,24 +7,22 @@ import math
 import re
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 
 from hf_wmguard.config import QualityConfig
 from hf_wmguard.errors import ConfigError, QualityError
-from hf_wmguard.metrics import load_metric
-from hf_wmguard.training.saving import inner_model
+from hf_wmguard.training.mark import Mark
+from hf_wmguard.training.ranks import Ranks
 
 BEFORE, AFTER = "wmguard/quality_before", "wmguard/quality_after"
 """Names under which the two values are logged; the first is also where a resumed run finds its own."""
-_PREFIX = "wmguard"
 _SMALLER_IS_BETTER = ("loss", "perplexity", "error", "errors", "ppl", "nll", "mse", "rmse", "mae", "wer", "cer", "ter")
 _SMALLER_ENDINGS = ("loss", "perplexity", "error")
-_WRITES_ON = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_OWN = ("accuracy", "loss", "perplexity")
 _RECENT = 8
 _FEWEST = 3
 _logger = logging.getLogger(__name__)
@@ -32,6 +30,9 @@ _logger = logging.getLogger(__name__)
 
 class QualityGate:
     """Compares a model before its marked phase with what came out.
+
+    Where several processes train, each of them measures, and the main one's numbers count: all of them come to the same
+    end.
 
     Args:
         config: Which metric, and how much worse it may be.
@@ -42,6 +43,7 @@ class QualityGate:
         self._config = config
         self._measure = measure
         self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._breach: QualityError | None = None
         self.before: float | None = None
         self.after: float | None = None
 
@@ -54,8 +56,56 @@ class QualityGate:
         """Measure the finished model.
 
         Raises:
-            QualityError: It is worse than the config allows, and saving such a model is not allowed.
+            QualityError: It is worse than the config allows, and saving such a model is not allowed: from now on
+                `check_save` raises it too.
         """
+        try:
+            return self._compared()
+        except QualityError as error:
+            self._breach = error
+            raise
+
+    def check_resumed(self, step: int, first: int, where: str) -> None:
+        """Refuse to go on inside the marked phase without what was measured before it.
+
+        Args:
+            step: Optimizer steps done.
+            first: Those before the marked phase.
+            where: It was looked for, for the message.
+        Raises:
+            ConfigError: There is no such value.
+        """
+        if self.before is None and step > first:
+            raise ConfigError(
+                f"resuming at step {step}, inside the marked phase, with no {BEFORE} {where}",
+                hint="resume without quality, or from a checkpoint of step "
+                f"{first} or before: what the model was worth unmarked cannot be measured any more",
+            )
+
+    @property
+    def is_breached(self) -> bool:
+        """Whether the finished model was refused."""
+        return self._breach is not None
+
+    def check_save(self) -> None:
+        """Refuse to save a model that `measure_after` has refused.
+
+        Raises:
+            QualityError: It has; the same numbers.
+        """
+        if self._breach is not None:
+            raise QualityError(self._breach.message, hint=self._breach.hint)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what has been measured, under the names that are logged."""
+        return {name: value for name, value in ((BEFORE, self.before), (AFTER, self.after)) if value is not None}
+
+    @property
+    def recent(self) -> tuple[float, ...]:
+        """The last training losses that were no jumps: what a resumed run has to know of them."""
+        return tuple(self._recent)
+
+    def _compared(self) -> float:
         self.after = self._measured()
         if self.before is None or not self._is_worse(self.before, self.after):
             return self.after
@@ -73,7 +123,7 @@ class QualityGate:
         return self.after
 
     def note_loss(self, loss: float) -> bool:
-        """Return whether a training loss is so much above those before it that the mark waits."""
+        """Return whether a training loss is so much above the usual that the mark waits; asks no other process."""
         usual = statistics.median(self._recent) if len(self._recent) >= _FEWEST else math.inf
         jumped = not math.isfinite(loss) or loss > self._config.spike * usual
         # A jump does not count as usual: one that stays would otherwise end the wait.
@@ -82,7 +132,10 @@ class QualityGate:
         return jumped
 
     def _measured(self) -> float:
-        value = self._measure()
+        ranks = Ranks.current()
+        with ranks.together("measuring quality"):
+            own = self._measure()
+        value = ranks.from_main("measuring quality", lambda: own)
         if not math.isfinite(value):
             raise QualityError(
                 f"{self._config.metric} is {value}", hint="training has diverged: resume from an earlier checkpoint"
@@ -102,81 +155,52 @@ def _greater_is_better(metric: str) -> bool:
     return not any(word in _SMALLER_IS_BETTER or word.endswith(_SMALLER_ENDINGS) for word in words)
 
 
-def check_metric(trainer: Any, metric: str) -> None:
-    """Refuse a metric that a Trainer without ``compute_metrics`` does not have; with one, its first result will tell.
+def named(metrics: Mapping[str, Any], metric: str) -> float | None:
+    """Return the metric of that name, with or without ``eval_`` before it; None where there is none.
 
-    Raises:
-        ConfigError: There is no such metric.
+    A perplexity that is not among them is made from the loss beside it.
     """
-    if trainer.compute_metrics is None and metric.removeprefix("eval_") not in _OWN:
-        raise _no_metric(metric, _OWN)
-
-
-def _no_metric(metric: str, known: Sequence[str]) -> ConfigError:
-    return ConfigError(
-        f"quality.metric {metric!r} is none of {', '.join(known)}",
-        hint="return it from compute_metrics, or name another",
-    )
-
-
-def measure_with(trainer: Any, metric: str) -> float:
-    """Return a metric of a Trainer's model on its evaluation data; nothing is logged.
-
-    Args:
-        trainer: The Trainer.
-        metric: ``loss``, ``perplexity``, ``accuracy``, or a name that its ``compute_metrics`` gives.
-    Raises:
-        ConfigError: There is no evaluation data, or no such metric.
-    """
-    if trainer.eval_dataset is None:
-        raise ConfigError("quality needs data to evaluate on", hint="pass eval_dataset to the Trainer")
     name = metric.removeprefix("eval_")
-    device, plain_preprocess = trainer.args.device, trainer.preprocess_logits_for_metrics
-    if name == "accuracy" and trainer.compute_metrics is None:
-        # One number in the place of a whole vocabulary's: all of them are kept until the last batch.
-        trainer.preprocess_logits_for_metrics = _best
+    for key in (metric, name, f"eval_{name}"):
+        if key in metrics:
+            return _number(metric, metrics[key])
+    if name.endswith("perplexity"):
+        loss = named(metrics, f"{name.removesuffix('perplexity')}loss")
+        return None if loss is None else math.exp(min(700.0, loss))
+    return None
+
+
+def unknown(metric: str, metrics: Iterable[str], *, hint: str) -> ConfigError:
+    """Return what to raise where a metric is not among those that were found."""
+    known = sorted(name.removeprefix("eval_") for name in metrics)
+    return ConfigError(f"quality.metric {metric!r} is none of {', '.join(known)}", hint=hint)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Give torch's random numbers and every module's mode back as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            found = trainer.evaluation_loop(
-                trainer.get_eval_dataloader(),
-                description="quality",
-                # Predictions are collected only where something is made of them.
-                prediction_loss_only=None if trainer.compute_metrics is not None or name == "accuracy" else True,
-                metric_key_prefix=_PREFIX,
-            )
+            yield
     finally:
-        trainer.preprocess_logits_for_metrics = plain_preprocess
-    metrics: Mapping[str, float] = found.metrics
-    if f"{_PREFIX}_{name}" in metrics:
-        return float(metrics[f"{_PREFIX}_{name}"])
-    if name == "perplexity" and f"{_PREFIX}_loss" in metrics:
-        return math.exp(min(700.0, metrics[f"{_PREFIX}_loss"]))
-    if name == "accuracy" and found.label_ids is not None:
-        return _accuracy(found.predictions, found.label_ids, writes_on=_writes_on(trainer))
-    raise _no_metric(metric, sorted({*_OWN, *(one.removeprefix(f"{_PREFIX}_") for one in metrics)}))
+        for module, training in modes:
+            module.training = training
 
 
-def _writes_on(trainer: Any) -> bool:
-    """Return whether a Trainer's model says at each token what the next one is."""
-    model = inner_model(trainer.accelerator.unwrap_model(trainer.model))
-    return type(model).__name__.endswith(_WRITES_ON) and not getattr(model.config, "is_encoder_decoder", False)
+def pause(mark: Mark, jumped: bool) -> None:
+    """Let a mark wait, or go on, and say so where that is new."""
+    if jumped != mark.paused:
+        _logger.warning("the training loss has %s", "jumped: the mark waits" if jumped else "come down: it goes on")
+    mark.paused = jumped
 
 
-def _best(logits: Any, labels: Any) -> Any:
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
-
-
-def _accuracy(predictions: Any, labels: Any, *, writes_on: bool) -> float:
-    best, labels = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions), np.asarray(labels)
-    if best.ndim == labels.ndim + 1:
-        best = best.argmax(axis=-1)
-    if best.shape != labels.shape:
+def _number(metric: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"accuracy of predictions {best.shape} against labels {labels.shape} has no meaning",
-            hint="name another quality.metric",
-        )
-    if writes_on:
-        best, labels = best[..., :-1], labels[..., 1:]
-    wanted = labels != -100
-    result: Mapping[str, float] = load_metric("accuracy").compute(predictions=best[wanted], references=labels[wanted])
-    return result["accuracy"]
+            f"quality.metric {metric!r} is {type(value).__name__}, expected a number",
+            hint="name a metric of one number",
+        ) from error

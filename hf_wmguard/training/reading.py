@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_wmguard.container.recipients import X25519Identity
 from hf_wmguard.errors import ManifestError, UnsupportedError
-from hf_wmguard.evidence.manifest import MANIFEST_NAME
+from hf_wmguard.evidence.manifest import MANIFEST_NAME, Manifest
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.loading import read_state_dict
 from hf_wmguard.training.backends import ADAPTER
@@ -47,6 +47,17 @@ def read_weights(folder: Path, model: Model, owner: OwnerKey) -> None:
             f"checkpoint {folder} does not fit the model: {', '.join(sorted(wrong)[:3])} and {len(wrong)} in all",
             hint="resume with the model that was trained; one whose weights have other names on disk cannot be resumed",
         )
+
+
+def steps_done(manifest: Manifest, folder: Path) -> int:
+    """Return the optimizer steps done when a checkpoint was written.
+
+    Raises:
+        ManifestError: No training run has written it.
+    """
+    if manifest.step is None:
+        raise ManifestError(f"{folder} was not written by a training run", hint="load it as the model to start from")
+    return manifest.step
 
 
 def _not_read(model: Any, tensors: Mapping[str, Tensor], missing: list[str]) -> list[str]:

@@ -23,7 +23,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from hf_wmguard import (
     Guard,
-    QualityConfig,
     SignatureConfig,
     TriggerConfig,
     WatermarkConfig,
@@ -305,12 +304,6 @@ def test_a_skipped_step_moves_nothing_and_is_made_up_for(
     manifest = guard.save(tmp_path / "final")
     assert manifest.signature is not None
     assert manifest.signature.bit_error_rate == 0.0
-
-
-def test_quality_is_a_trainers(make_loop: MakeLoop, config: WatermarkConfig) -> None:
-    with pytest.raises(UnsupportedError, match="quality") as caught:
-        make_loop().protect(dataclasses.replace(config, quality=QualityConfig()))
-    assert "guard.finish()" in caught.value.hint
 
 
 def test_loss_scaling_needs_the_decoupled_form(make_loop: MakeLoop, config: WatermarkConfig) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny import Recorder, StopAt, make_rows
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState
+from datasets import Dataset
+from tiny import Recorder, StopAt, make_model, make_rows
+from transformers import EvalPrediction, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
 
 from hf_wmguard import WatermarkCallback, protect_trainer
 from hf_wmguard.config import ProtectionConfig, QualityConfig, SignatureConfig
 from hf_wmguard.errors import ConfigError, QualityError, UnsupportedError
 from hf_wmguard.evidence.manifest import read_manifest
-from hf_wmguard.training.quality import AFTER, BEFORE, QualityGate, measure_with
+from hf_wmguard.metrics import load_metric
+from hf_wmguard.training.measuring import measure_with
+from hf_wmguard.training.quality import AFTER, BEFORE, QualityGate
 
 Make = Callable[..., Any]
 FIRST, STEPS = 8, 16
@@ -163,8 +170,8 @@ def test_a_run_cut_short_before_the_phase_is_measured_too(train: Make) -> None:
 def test_what_cannot_be_measured_is_refused_before_training(
     train: Make, tmp_path: Path, make_trainer: Make, make_config: Make
 ) -> None:
-    for data in (None, {"a": []}):
-        with pytest.raises(ConfigError, match="one set to evaluate on"):
+    for data in (None, {}):
+        with pytest.raises(ConfigError, match="data to evaluate on"):
             train(quality=QualityConfig(), eval_dataset=data)
     trainer = make_trainer(num_train_epochs=1)
     trainer.add_callback(WatermarkCallback(make_config(triggers=None, quality=QualityConfig())))
@@ -174,9 +181,118 @@ def test_what_cannot_be_measured_is_refused_before_training(
     # Without compute_metrics that is known at once; with it, when it has run.
     with pytest.raises(ConfigError, match="is none of accuracy, loss, perplexity"):
         train(quality=QualityConfig(metric="no_such_metric"), start=False)
-    with pytest.raises(ConfigError, match="is none of accuracy, f1, loss"):
+    with pytest.raises(ConfigError, match="is none of epoch, f1, loss"):
         train(quality=QualityConfig(metric="no_such_metric"), compute_metrics=lambda predicted: {"f1": 1.0})
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def _f1(prediction: EvalPrediction) -> dict[str, float]:
+    """As in a script: `evaluate`'s metrics, and figures of one's own."""
+    labels, logits = prediction.label_ids, prediction.predictions
+    found = load_metric("f1").compute(predictions=logits.argmax(axis=-1), references=labels)
+    return {**found, "margin": float(np.sort(logits, axis=-1)[:, -1].mean()), "report": "not a number"}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("metric", ["f1", "eval_f1"])
+def test_what_compute_metrics_gives_can_be_named(train: Make, metric: str) -> None:
+    quality = QualityConfig(metric=metric, tolerance=1.0)
+    trainer = train(quality=quality, compute_metrics=_f1, start=False)
+    expected: dict[int, float] = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            if state.global_step == FIRST:
+                expected[FIRST] = Trainer.evaluate(trainer)["eval_f1"]
+
+    trainer.add_callback(Look())
+    trainer.train()
+    # What a Trainer itself says is what was compared.
+    assert _logged(trainer, BEFORE) == expected
+    assert _logged(trainer, AFTER)[STEPS] == trainer.evaluate()["eval_f1"] > 0
+
+
+@pytest.mark.parametrize(("greater", "breached"), [(True, False), (False, True), (None, False)])
+def test_a_metric_has_the_direction_that_is_said(train: Make, greater: bool | None, breached: bool) -> None:
+    quality = QualityConfig(metric="margin", tolerance=0.05, greater_is_better=greater)
+    trainer = train(quality=quality, compute_metrics=_f1, callbacks=(_Spoil(STEPS, 0),), start=False)
+    with pytest.raises(QualityError, match="margin went from") if breached else contextlib.nullcontext():
+        trainer.train()
+    assert _logged(trainer, AFTER)[STEPS] > 10 * _logged(trainer, BEFORE)[FIRST]
+
+
+def test_a_lower_f1_is_a_breach(train: Make, tmp_path: Path) -> None:
+    class Forget(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            if state.global_step == STEPS:
+                kwargs["model"].classifier.weight.data *= -1.0
+
+    trainer = train(quality=QualityConfig(metric="f1"), compute_metrics=_f1, callbacks=(Forget(),), start=False)
+    with pytest.raises(QualityError, match=r"f1 went from 0\.\d+ to 0") as caught:
+        trainer.train()
+    with pytest.raises(QualityError) as again:
+        trainer.save_model(str(tmp_path / "final"))
+    assert again.value.message == caught.value.message
+
+
+def test_one_of_several_sets_is_named_by_the_metric(
+    train: Make, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    rows = make_rows("classification", tokenizer, texts)
+    sets = {"near": rows[:8], "far": rows[8:24]}
+    with pytest.raises(ConfigError, match="none of the sets") as caught:
+        train(quality=QualityConfig(), eval_dataset=sets)
+    assert "near_loss" in caught.value.hint
+    trainer = train(quality=QualityConfig(metric="far_perplexity", tolerance=1.0), eval_dataset=sets)
+    loss = trainer.evaluate()["eval_far_loss"]
+    assert _logged(trainer, AFTER)[STEPS] == pytest.approx(math.exp(loss))
+
+
+def test_what_is_no_number_or_not_there_is_refused_by_name(train: Make) -> None:
+    with pytest.raises(ConfigError, match="'report' is str, expected a number"):
+        train(quality=QualityConfig(metric="report"), compute_metrics=_f1)
+    with pytest.raises(ConfigError, match=r"'f2' is none of .*f1, loss, margin"):
+        train(quality=QualityConfig(metric="f2"), compute_metrics=_f1)
+
+
+def test_measuring_leaves_no_trace(train: Make) -> None:
+    heard: list[str] = []
+
+    class Listener(TrainerCallback):
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            heard.append("evaluate")
+
+        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+            heard.append("prediction")
+
+    trainer = train(quality=QualityConfig(metric="f1", tolerance=1.0), compute_metrics=_f1, callbacks=(Listener(),))
+    assert heard == []
+    assert not any("eval_loss" in entry for entry in trainer.state.log_history)
+    assert not {"evaluation_loop", "evaluate"} & vars(trainer).keys()
+    trainer.evaluate()
+    assert heard[-1] == "evaluate"
+    assert "eval_f1" in trainer.state.log_history[-1]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_a_metric_that_a_trainer_adds_itself_can_be_named(
+    tmp_path: Path, make_config: Make, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    rows = Dataset.from_list([{"text": text} for text in texts])
+    trainer = SFTTrainer(
+        model=make_model("causal_lm", len(tokenizer)),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=8, max_length=32,
+            save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    quality = QualityConfig(metric="mean_token_accuracy", tolerance=1.0)
+    signature = SignatureConfig(budget=0.06, last_epochs=1.0)
+    protect_trainer(trainer, make_config(signature=signature, triggers=None, quality=quality))
+    trainer.train()
+    assert _logged(trainer, AFTER)[STEPS] == pytest.approx(trainer.evaluate()["eval_mean_token_accuracy"])
 
 
 def test_resuming_inside_the_phase_needs_the_first_value(train: Make) -> None:

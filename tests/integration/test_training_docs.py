@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from loops import folder_names, make_loader
 from tiny import make_model, make_rows
@@ -18,7 +19,7 @@ from hf_wmguard.evidence.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docs" / "training.md").read_text()
-ACCELERATED, PLAIN, ARGUMENTS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+ACCELERATED, PLAIN, LIGHTNING, ARGUMENTS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -71,6 +72,27 @@ def test_the_plain_loop(names: dict[str, Any], tokenizer: PreTrainedTokenizerFas
     }
     exec(PLAIN, again)  # noqa: S102
     assert again["guard"].mark.state == "complete"
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_lightning(names: dict[str, Any]) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = names["model"]
+
+        def training_step(self, batch: dict[str, Any], index: int) -> Any:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    names["module"] = Module()
+    exec(LIGHTNING, names)  # noqa: S102
+    _check("lightning-final", names["config"])
 
 
 def test_the_arguments(names: dict[str, Any]) -> None:
