@@ -294,22 +294,21 @@ class Allocations:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Train one kind and return its peak; called in a process of its own."""
-    steps = 8
+    """Train one kind and return its peak, or what the allocator gave out: the profiler needs memory of its own."""
     with tempfile.TemporaryDirectory() as work:
         gauge = Gauge(WARM_UP + 2)
-        trainer, guard = make_trainer(Path(work), options.kinds[0], options, steps, [gauge])
-        # After what the gauge has seen: the profiler needs memory too.
-        calls = {"on_train_begin": 0, "on_optimizer_step": WARM_UP + 2}
-        noted = Allocations(guard, calls) if guard is not None else None
+        trainer, guard = make_trainer(Path(work), options.kinds[0], options, WARM_UP + 4, [gauge])
+        if options.child == "memory" or guard is None:
+            trainer.train()
+            size = sum(one.numel() * one.element_size() for one in trainer.model.parameters())
+            return {"model_bytes": size, "peak_bytes": gauge.peak_bytes}
+        noted = Allocations(guard, {"on_train_begin": 0, "on_optimizer_step": WARM_UP})
         trainer.train()
-        found: dict[str, Any] = {"peak_bytes": gauge.peak_bytes}
-        found["model_bytes"] = sum(one.numel() * one.element_size() for one in trainer.model.parameters())
-    if noted is not None:
-        found["held_bytes"] = noted.kept["on_train_begin"]
-        found["start_bytes"] = noted.highest["on_train_begin"]
-        found["step_bytes"] = noted.highest["on_optimizer_step"]
-    return found
+    return {
+        "held_bytes": noted.kept["on_train_begin"],
+        "start_bytes": noted.highest["on_train_begin"],
+        "step_bytes": noted.highest["on_optimizer_step"],
+    }
 
 
 def compare_memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -317,6 +316,8 @@ def compare_memory(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in options.kinds:
         found[kind] = one = _child(options, "memory", [kind])
+        if not kind.startswith("plain"):
+            one |= _child(options, "allocations", [kind])
         one["peak"] = round((one["peak_bytes"] - found["plain"]["peak_bytes"]) / one["model_bytes"], 5)
         for name in ("held", "start", "step"):
             if f"{name}_bytes" in one:
@@ -329,7 +330,7 @@ def _child(options: argparse.Namespace, part: str, kinds: list[str]) -> dict[str
     for name in ("rows", "tokens", "rounds"):
         command += [f"--{name}", str(getattr(options, name))]
     # Large blocks by mmap, whatever has been freed before: what is freed is no part of the resident size then.
-    memory = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"} if part == "memory" else {}
+    memory = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"} if part != "time" else {}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | memory)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -344,7 +345,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
     parser.add_argument("--json", type=Path, help="where to write what was found; other parts in it stay")
-    parser.add_argument("--child", choices=("time", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("time", "memory", "allocations"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.child:
@@ -353,11 +354,12 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     found = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
-    for options.dtype in options.dtypes or ("float32", "autocast", "bfloat16"):
+    for dtype in options.dtypes or ("float32", "autocast", "bfloat16"):
+        options.dtype = dtype
         for part in options.parts:
             one = compare_memory(options) if part == "memory" else _child(options, "time", options.kinds)
-            found.setdefault(options.dtype, {})[part] = one
-            print(options.dtype, part, json.dumps(one, indent=1), flush=True)
+            found.setdefault(dtype, {})[part] = one
+            print(dtype, part, json.dumps(one, indent=1), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -45,7 +45,11 @@ def compare(model: str, seeds: list[int], marks: list[Mark], out: Path, shared: 
         for seed in seeds:
             cell = Cell(model=model, seed=seed, mark=mark)
             done = training.train(cell, out=out, shared=shared, triggers=defaults, budget=SignatureConfig().budget)
-            one: dict[str, Any] = {"seed": seed, "utility": done["utility"], "train_cpu_s": round(done["train_cpu_s"], 1)}
+            one: dict[str, Any] = {
+                "seed": seed,
+                "utility": done["utility"],
+                "train_cpu_s": round(done["train_cpu_s"], 1),
+            }
             if mark == PLAIN:
                 plain[seed] = done["utility"]
             else:
