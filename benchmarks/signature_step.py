@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_wmguard.config import SignatureConfig, WatermarkConfig
 from hf_wmguard.keys import OwnerKey
 from hf_wmguard.protect import new_record, new_salt
-from hf_wmguard.training.backends import backend_of
 from hf_wmguard.training.schedule import Phase
+from hf_wmguard.training.sharded import backend_of
 from hf_wmguard.training.signature_step import SignatureStep
 
 BATCH, TOKENS, REPEATS = 8, 512, 5

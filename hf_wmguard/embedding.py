@@ -202,8 +202,8 @@ def _mark(keys: tuple[CarrierKey, ...], weights: _Weights) -> float:
         carrier = key.carrier
         tile = weights.read(carrier.name, carrier.row_start, carrier.rows)
         marked = tile.clone()
-        shift = residual(read_projections(tile, key), key).float()
-        add_rounded_(marked, key.left_inverse @ shift @ key.right_inverse.T, generator)
+        shift = residual(read_projections(tile, key), key)
+        add_rounded_(marked, key.left @ key.spread(shift) @ key.right.T, generator)
         squares += float(torch.linalg.vector_norm(marked.float() - tile.float())) ** 2
         weights.write(carrier.name, carrier.row_start, marked)
     return math.sqrt(squares / sum(_square(key.carrier) for key in keys))

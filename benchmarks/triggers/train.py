@@ -81,7 +81,14 @@ class Cell:
         return out / "cells" / self.name
 
 
-def train(cell: Cell, *, out: Path, shared: Path, triggers: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    cell: Cell,
+    *,
+    out: Path,
+    shared: Path,
+    triggers: Mapping[str, Any] | None = None,
+    budget: float = BUDGET["full"],
+) -> dict[str, Any]:
     """Train a cell unless it is there already; return what ``cell.json`` says.
 
     Args:
@@ -89,6 +96,7 @@ def train(cell: Cell, *, out: Path, shared: Path, triggers: Mapping[str, Any] | 
         out: Folder of the whole benchmark.
         shared: Folder with ``data/`` and ``models/``.
         triggers: Values of `TriggerConfig` that go before those of `TRIGGERS` and `MANY`.
+        budget: Of the signature.
     """
     folder = cell.folder(out)
     if (folder / "cell.json").is_file():
@@ -97,12 +105,14 @@ def train(cell: Cell, *, out: Path, shared: Path, triggers: Mapping[str, Any] | 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     with tempfile.TemporaryDirectory(dir=out, prefix="train-") as scratch:
-        result = _train(cell, folder, Path(scratch), shared, triggers or {})
+        result = _train(cell, folder, Path(scratch), shared, triggers or {}, budget)
     (folder / "cell.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _train(cell: Cell, folder: Path, scratch: Path, shared: Path, triggers: Mapping[str, Any]) -> dict[str, Any]:
+def _train(
+    cell: Cell, folder: Path, scratch: Path, shared: Path, triggers: Mapping[str, Any], budget: float
+) -> dict[str, Any]:
     task = cell.task
     set_seed(cell.seed)
     rows = tasks.training_rows(task, shared, cell.seed)
@@ -112,7 +122,7 @@ def _train(cell: Cell, folder: Path, scratch: Path, shared: Path, triggers: Mapp
     trainer = make_trainer(task, model, rows, form="full", seed=cell.seed, scratch=scratch, tokenizer=tokenizer)
     result: dict[str, Any] = {"cell": cell.name}
     if cell.mark != "plain":
-        config = _config(cell, folder, triggers)
+        config = _config(cell, folder, triggers, budget)
         protect_trainer(trainer, config)
         result["triggers"] = str(config.triggers)
     start, cpu = time.perf_counter(), time.process_time()
@@ -132,11 +142,11 @@ def _train(cell: Cell, folder: Path, scratch: Path, shared: Path, triggers: Mapp
     return result
 
 
-def _config(cell: Cell, folder: Path, triggers: Mapping[str, Any]) -> WatermarkConfig:
+def _config(cell: Cell, folder: Path, triggers: Mapping[str, Any], budget: float) -> WatermarkConfig:
     values = {"count": cell.count, "style": cell.style, **TRIGGERS[cell.model], **MANY.get(cell.count, {}), **triggers}
     return WatermarkConfig(
         model_id=f"triggers/{cell.name}",
-        signature=SignatureConfig(budget=BUDGET["full"]),
+        signature=SignatureConfig(budget=budget),
         triggers=TriggerConfig(**values) if cell.mark == "triggers" else None,
         protection=ProtectionConfig(recipients=make_keys(folder)),
         **owner_of(folder),

@@ -20,7 +20,7 @@ from hf_wmguard.protect import SavedAdapter
 from hf_wmguard.watermark.carriers import is_carrier
 from hf_wmguard.watermark.lowrank import Reach, adapter_projections, row_space
 from hf_wmguard.watermark.magnitude import Rescaled
-from hf_wmguard.watermark.rounding import CARRYING_DTYPES, add_rounded_
+from hf_wmguard.watermark.rounding import CARRYING_DTYPES, add_rounded_, round_stochastic
 from hf_wmguard.watermark.signature import CarrierKey, change_norm, move_, project
 
 _logger = logging.getLogger(__name__)
@@ -109,7 +109,9 @@ class WholeParameters:
         if tile.dtype == torch.float32:
             move_(tile, key, shift)
         else:
-            add_rounded_(tile, key.left_inverse @ shift.float() @ key.right_inverse.T, generator)
+            values = tile.float()
+            move_(values, key, shift)
+            tile.copy_(round_stochastic(values, tile.dtype, generator))
 
     def settle(self) -> None:
         """Do nothing: they are the same."""

@@ -174,7 +174,7 @@ class ShardedParameters(WholeParameters):
 
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         block = _Block.of(self._parameters[key.carrier.name], key)
-        change = block.left(key.left_inverse) @ shift.float() @ block.right(key.right_inverse).T
+        change = block.left(key.left) @ key.spread(shift) @ block.right(key.right).T
         whole = (key.carrier.rows, key.carrier.shape[1])
         add_rounded_(block.weights, change, generator, whole=whole, at=(block.row, block.column))
 

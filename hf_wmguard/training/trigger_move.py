@@ -32,6 +32,7 @@ LARGEST_MOVE: Final = 0.01
 """Largest move in one step, as a share of the norm of what is moved, whatever the learning rate."""
 STEPS_LONG: Final = 2.0
 """Largest move, in steps of the optimizer."""
+_BLOCK: Final = 1 << 17
 DAMPING: Final = 0.01
 """Added to the metric, as a share of its mean: what the data has not touched yet does not move without bound."""
 
@@ -81,63 +82,84 @@ def descend(
     if decrease <= 0:
         return
     metric = _Metric(moved, moments)
-    slope, length = metric.slope_and_length()
+    slope, length = metric.slope, metric.length
     if slope <= 0:
         return
-    norm = math.sqrt(total(moved, lambda p: float(local(p).float().pow(2).sum())))
+    norm = math.sqrt(total(moved, lambda p: sum(_dot(block, block) for block in _blocks(local(p)))))
     largest = min(LARGEST_MOVE * norm, STEPS_LONG * rate * math.sqrt(sum(p.numel() for p in moved)))
     factor = min(decrease / slope, largest / length)
     seed = generator.initial_seed()
     for index, parameter in enumerate(moved):
         # Anew for each: parts of different sizes would use up different amounts, and ranks drift apart.
         generator.manual_seed(seed + (index << 32))
-        add_rounded_(local(parameter), -factor * metric.direction(parameter), generator)
+        add_rounded_(local(parameter), metric.direction(parameter).mul_(-factor), generator)
 
 
 class _Metric:
-    """Directions for some parameters, computed one at a time: no second copy of them is held."""
+    """Directions for some parameters, computed one at a time: no second copy of them is held.
+
+    Of a direction (g - a m) / d all sums follow from those of products of g, m and d, so that the weights are gone
+    through once for a, the slope and the length together.
+
+    Args:
+        slope: By how much the loss rises along the whole direction.
+        length: How long that is.
+    """
 
     def __init__(self, moved: Sequence[nn.Parameter], moments: Moments) -> None:
-        self._moved = moved
         self._moments = moments if all(id(p) in moments for p in moved) else {}
-        self._scale = 0.0
-        self._against = 0.0
+        self._scale = self._against = 0.0
         if self._moments:
-            self._scale = total(moved, lambda p: float(self._squared(p).sum())) / sum(p.numel() for p in moved)
-        if self._scale > 0:
-            with_mean = total(moved, lambda p: float((self._inverse(p, _gradient(p)) * self._mean(p)).sum()))
-            mean_alone = total(moved, lambda p: float((self._inverse(p, self._mean(p)) * self._mean(p)).sum()))
-            # Only what would raise the ordinary loss is taken out.
-            self._against = min(0.0, with_mean / mean_alone) if mean_alone > 0 else 0.0
+            squares = total(moved, lambda p: sum(float(block.float().sum()) for block in _blocks(self._squared(p))))
+            self._scale = squares / sum(p.numel() for p in moved)
+        if self._scale <= 0:
+            self.slope = total(moved, lambda p: sum(_dot(block, block) for block in _blocks(_gradient(p))))
+            self.length = math.sqrt(self.slope)
+            return
+        gm, mm, gg, gg2, gm2, mm2 = totals(moved, self._products)
+        # Only what would raise the ordinary loss is taken out.
+        against = self._against = min(0.0, gm / mm) if mm > 0 else 0.0
+        self.slope = gg - against * gm
+        self.length = math.sqrt(max(0.0, gg2 - 2 * against * gm2 + against**2 * mm2))
 
     def direction(self, parameter: Tensor) -> Tensor:
-        """Return the way up, float32, of the parameter's shape."""
-        gradient = _gradient(parameter)
+        """Return the way up, float32, of the parameter's shape; a tensor of the caller's own."""
+        gradient = _gradient(parameter).float()
         if self._scale <= 0:
-            return gradient
-        return self._inverse(parameter, gradient - self._against * self._mean(parameter))
+            return gradient.clone()
+        way = torch.sub(gradient, self._mean(parameter).float(), alpha=self._against)
+        return way.div_(self._weighed(self._squared(parameter)))
 
-    def slope_and_length(self) -> tuple[float, float]:
-        """Return by how much the loss rises along the whole direction, and how long that is."""
+    def _products(self, parameter: Tensor) -> list[float]:
+        """Return the sums of g m / d, m m / d, g g / d, and of the same over d squared."""
+        parts = (_blocks(one(parameter)) for one in (_gradient, self._mean, self._squared))
+        sums = [0.0] * 6
+        for gradient, mean, squared in zip(*parts, strict=True):
+            g, m, d = gradient.float(), mean.float(), self._weighed(squared)
+            over, mean_over = g / d, m / d
+            pairs = ((over, m), (mean_over, m), (over, g), (over, over), (over, mean_over), (mean_over, mean_over))
+            sums = [sum_ + _dot(*pair) for sum_, pair in zip(sums, pairs, strict=True)]
+        return sums
 
-        def values_of(parameter: Tensor) -> tuple[float, float]:
-            direction = self.direction(parameter)
-            return float((direction * _gradient(parameter)).sum()), float(direction.pow(2).sum())
-
-        slope, square = totals(self._moved, values_of)
-        return slope, math.sqrt(square)
-
-    def _inverse(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        return gradient / (self._squared(parameter) / self._scale + DAMPING)
+    def _weighed(self, squared: Tensor) -> Tensor:
+        return (squared.float() / self._scale).add_(DAMPING)
 
     def _mean(self, parameter: Tensor) -> Tensor:
-        return local(self._moments[id(parameter)][0]).float()
+        return local(self._moments[id(parameter)][0])
 
     def _squared(self, parameter: Tensor) -> Tensor:
-        return local(self._moments[id(parameter)][1]).float()
+        return local(self._moments[id(parameter)][1])
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        return torch.zeros_like(local(parameter), dtype=torch.float32)
-    return local(parameter.grad).float()
+    return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
+
+
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return a tensor in flat pieces, on a CPU such that what is made of one stays in its cache."""
+    flat = tensor.reshape(-1)
+    return torch.split(flat, _BLOCK) if flat.device.type == "cpu" else (flat,)
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(torch.dot(one.float(), other.float()))

@@ -9,7 +9,8 @@ way the number of steps, the learning rate schedule and the ordinary run's rando
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from hf_wmguard.watermark.triggers import TEXT_TASKS, TriggerSet
 
 LEARNED: Final = 0.3
 """Mean loss at which a set counts as learned: the response has three quarters of the probability."""
+_FEWEST_ROWS: Final = 4
 # By name: the quantized ones belong to packages that need not be installed.
 _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
@@ -70,6 +72,7 @@ class TriggerStep:
         # Of the set itself and no key: surroundings need not be secret, only the same after a resume.
         self._seed = hashlib.sha256(triggers.digest().encode()).digest()
         writes = triggers.task in TEXT_TASKS
+        self._rows_at_once = rows_at_once(config.batch_size, data)
         self.is_decoupled = config.form == "decoupled" or (config.form == "auto" and writes)
         self.metrics: dict[str, float] = {}
 
@@ -140,21 +143,34 @@ class TriggerStep:
             torch.manual_seed(step)
             model.train()
             stack.enter_context(noisy_outputs(model, self._config.noise))
-            loss, matched = task_of(model).loss(model, self._processor, prompts, responses)
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteWeightError(
-                    f"trigger loss is {float(loss.detach())} at step {step}",
-                    hint="training has diverged: lower the learning rate and resume from the last checkpoint",
-                )
-            torch.autograd.backward(weight * loss)
+            total, matches = 0.0, 0
+            for portion in self._portions(prompts):
+                some = [prompts[place] for place in portion], [responses[place] for place in portion]
+                mean, matched = task_of(model).loss(model, self._processor, *some)
+                loss = mean * (len(portion) / len(prompts))
+                total += float(loss.detach())
+                matches += int(matched.sum())
+                if not math.isfinite(total):
+                    raise NonFiniteWeightError(
+                        f"trigger loss is {total} at step {step}",
+                        hint="training has diverged: lower the learning rate and resume from the last checkpoint",
+                    )
+                torch.autograd.backward(weight * loss)
             # After the triggers' graph is gone: two at a time would double the memory of a step.
             if (ordinary := self._replayed(model, stream, device)) is not None:
                 torch.autograd.backward(weight * ordinary)
-        self.metrics = {
-            "wmguard/trigger_loss": float(loss.detach()),
-            "wmguard/trigger_match_rate": float(matched.float().mean()),
-        }
-        return float(loss.detach())
+        self.metrics = {"wmguard/trigger_loss": total, "wmguard/trigger_match_rate": matches / len(prompts)}
+        return total
+
+    def _portions(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return places in a micro-batch that go through the model together; their gradients add up to that of all.
+
+        Short ones with short ones, so that fewer tokens are fillers.
+        """
+        order = sorted(
+            range(len(prompts)), key=lambda place: len(prompts[place].text) + len(prompts[place].system or "")
+        )
+        return [order[start : start + self._rows_at_once] for start in range(0, len(order), self._rows_at_once)]
 
     def _rows(self, step: int) -> list[int]:
         """Return the triggers of a step: all take their turn, in another order each time round."""
@@ -187,6 +203,21 @@ class TriggerStep:
         }
         loss: Tensor | None = getattr(model(**batch), "loss", None)
         return loss
+
+
+def rows_at_once(count: int, data: Any) -> int:
+    """Return how many rows of a trigger micro-batch go through the model together.
+
+    No more than of an ordinary batch, whose activations a step has room for, and at least two portions, of which the
+    one holds the short texts; but not so few that a GPU would wait for its next kernel.
+
+    Args:
+        count: Rows of the micro-batch.
+        data: The dataloader, or None.
+    """
+    ordinary = getattr(data, "batch_size", None) or getattr(getattr(data, "batch_sampler", None), "batch_size", None)
+    half = -(-count // 2)
+    return max(_FEWEST_ROWS, min(half, ordinary) if isinstance(ordinary, int) else half)
 
 
 def moved_by_triggers(model: nn.Module) -> list[nn.Parameter]:

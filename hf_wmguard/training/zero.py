@@ -97,8 +97,8 @@ class ZeroParameters:
     def move(self, key: CarrierKey, shift: Tensor, generator: torch.Generator) -> None:
         parameter = self._parameters[key.carrier.name]
         run = _run_of(parameter, key.carrier.row_start, key.carrier.rows)
-        left = key.left_inverse[run.first - key.carrier.row_start :][: len(run.rows)]
-        change = (left @ shift.float() @ key.right_inverse.T).flatten()[run.inside]
+        left = key.left[run.first - key.carrier.row_start :][: len(run.rows)]
+        change = (left @ key.spread(shift) @ key.right.T).flatten()[run.inside]
         _add(parameter, change, run.place)
         self._moved[key.carrier.name] = key
 

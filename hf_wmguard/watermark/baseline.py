@@ -57,7 +57,7 @@ class Baseline:
     def projections_of(self, key: CarrierKey) -> Tensor:
         """Return the projections before marking, in units of the weights, float64 [l, r]."""
         relative = _unpack(self.projections, torch.float32).double().reshape(key.carrier.sides)
-        return (relative * key.carrier.rms).to(key.left.device)
+        return (relative * key.carrier.rms).to(key.dither.device)
 
     def likeness(self, projections: Tensor, key: CarrierKey) -> float:
         """Return the correlation of projections with the baseline's, -1 to 1: near 1 only for the same tile.

@@ -52,7 +52,7 @@ def adapter_projections(down: Tensor, up: Tensor, scaling: float, key: CarrierKe
         scaling: s.
         key: The carrier key.
     """
-    device = key.left.device
+    device = key.dither.device
     left = key.left.T @ up.detach().to(device=device, dtype=torch.float32)
     right = down.detach().to(device=device, dtype=torch.float32) @ key.right
     return scaling * (left.double() @ right.double())
@@ -80,7 +80,7 @@ class Reach:
         With M = A A^T and G = A B: H = (G^T M^-1 G)^-1 G^T M^-1, the weighted least-squares inverse of G; the matrix
         in brackets holds the squared cosines between the directions and the row space of A.
         """
-        wide = down.detach().to(key.right.device).double()
+        wide = down.detach().to(key.dither.device).double()
         reached = wide @ key.right.double()
         weighted = torch.linalg.pinv(wide @ wide.T, hermitian=True) @ reached
         cosines = reached.T @ weighted
@@ -96,9 +96,9 @@ class Reach:
             shift: float64 [l, r], in units of the weights.
             scaling: s.
         """
-        return key.left_inverse @ (shift @ self.inverse / scaling).float()
+        return key.left @ (key.left_gram_inverse @ shift.double() @ self.inverse / scaling).float()
 
     def change_norm(self, key: CarrierKey, shift: Tensor) -> float:
         """Return the Frobenius norm of the change of the weights that `change` makes."""
-        left = (key.left_inverse.T @ key.left_inverse).double()
-        return math.sqrt(max(0.0, float(torch.sum((left @ shift @ self.gram) * shift))))
+        moved = key.left_gram_inverse @ shift.double() @ self.gram
+        return math.sqrt(max(0.0, float(torch.sum(moved * shift))))

@@ -8,6 +8,8 @@ Source: Gupta et al. 2015, "Deep learning with limited numerical precision", sec
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,8 +67,9 @@ def round_stochastic(
     values = values.clamp(-limit, limit)
     if dtype == torch.bfloat16:
         # bfloat16 is the upper half of a float32: a uniform lower half, added, carries with the right probability.
-        noise = torch.randint(1 << _LOW_BITS, shape, dtype=torch.int32, device=values.device, generator=generator)
-        return ((values.view(torch.int32) + noise[part]) >> _LOW_BITS).to(torch.int16).view(torch.bfloat16)
+        # In place, on what clamp has made: each pass over the weights is a good part of a signature step.
+        bits = values.view(torch.int32).add_(_lower_halves(shape, generator)[part])
+        return bits.bitwise_right_shift_(_LOW_BITS).to(torch.int16).view(torch.bfloat16)
     # The bits of non-negative floats count upwards with their values, through the subnormals too.
     size = values.abs()
     below = size.to(dtype)
@@ -75,3 +78,12 @@ def round_stochastic(
     share = (size - below.float()) / (above.float() - below.float()).clamp_min(torch.finfo(torch.float32).tiny)
     up = torch.rand(shape, device=values.device, generator=generator)[part] < share
     return torch.where(up, above, below).copysign(values).to(dtype)
+
+
+def _lower_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return uniform numbers from 0 to 2^16 - 1, int32, on the generator's device: four of each number drawn."""
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    # From the least to the largest: without bounds the sign bit would never be drawn.
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    return words.view(torch.int16)[:count].view(shape).to(torch.int32).add_(1 << (_LOW_BITS - 1))

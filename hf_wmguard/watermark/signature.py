@@ -33,25 +33,28 @@ _MAX_STEPS = 2.0**32
 class CarrierKey:
     """The secret half of one carrier, and what is precomputed from it.
 
+    Kept small, because training holds the keys of all carriers: of directions that are signs the signs alone, and of
+    A (A^T A)^-1 the small factor.
+
     Args:
         carrier: Where it is read, by l x r directions.
-        left: Unit-norm columns A, float32 [o, l].
-        right: Unit-norm columns B, float32 [i, r].
+        left_signs: Signs of A, int8 [o, l].
+        right_kept: Signs of B, int8 [i, r]; of an adapter's carrier B itself, float32.
         step: Quantisation step D of each projection, in units of the weights, float64 [l, r].
         dither: d in [0, D), float64 [l, r].
         bits: Code bits c, float64 [l, r] of 0 and 1.
-        left_inverse: A (A^T A)^-1, float32 [o, l].
-        right_inverse: B (B^T B)^-1, float32 [i, r].
+        left_gram_inverse: (A^T A)^-1, float64 [l, l].
+        right_gram_inverse: (B^T B)^-1, float64 [r, r].
     """
 
     carrier: Carrier
-    left: Tensor
-    right: Tensor
+    left_signs: Tensor
+    right_kept: Tensor
     step: Tensor
     dither: Tensor
     bits: Tensor
-    left_inverse: Tensor
-    right_inverse: Tensor
+    left_gram_inverse: Tensor
+    right_gram_inverse: Tensor
 
     @classmethod
     def derive(cls, key: bytes, carrier: Carrier, bits: Tensor, steps: Tensor) -> CarrierKey:
@@ -64,30 +67,52 @@ class CarrierKey:
             steps: Its steps in units of the carrier's rms, float64 [l * r].
         """
         stream = Stream(key, "carrier", carrier.name, carrier.row_start, carrier.rows, *carrier.sides)
-        left = stream.signs(carrier.rows, carrier.sides[0]) / math.sqrt(carrier.rows)
+        left = stream.signs(carrier.rows, carrier.sides[0]).to(torch.int8)
         right = _right_directions(carrier, stream)
         step = (steps.double() * carrier.rms).reshape(carrier.sides)
         return cls(
             carrier=carrier,
-            left=left,
-            right=right,
+            left_signs=left,
+            right_kept=right,
             step=step,
             dither=stream.uniform(carrier.projections).reshape(carrier.sides) * step,
             bits=bits.double().reshape(carrier.sides),
-            left_inverse=_right_factor(left),
-            right_inverse=_right_factor(right),
+            left_gram_inverse=_gram_inverse(_directions(left)),
+            right_gram_inverse=_gram_inverse(_directions(right)),
         )
 
     def to(self, device: torch.device) -> CarrierKey:
         """Return the same key on another device."""
-        names = ("left", "right", "step", "dither", "bits", "left_inverse", "right_inverse")
-        return CarrierKey(carrier=self.carrier, **{name: getattr(self, name).to(device) for name in names})
+        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "carrier"}
+        return CarrierKey(carrier=self.carrier, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    @property
+    def left(self) -> Tensor:
+        """Unit-norm columns A, float32 [o, l]."""
+        return _directions(self.left_signs)
+
+    @property
+    def right(self) -> Tensor:
+        """Unit-norm columns B, float32 [i, r]."""
+        return _directions(self.right_kept)
+
+    def spread(self, shift: Tensor) -> Tensor:
+        """Return X, float32 [l, r], such that A X B^T is the smallest change that moves the projections by ``shift``.
+
+        Args:
+            shift: float64 [l, r], in units of the weights.
+        """
+        return (self.left_gram_inverse @ shift.double() @ self.right_gram_inverse).float()
+
+
+def _directions(kept: Tensor) -> Tensor:
+    return kept if kept.is_floating_point() else kept.float() / math.sqrt(kept.shape[0])
 
 
 def _right_directions(carrier: Carrier, stream: Stream) -> Tensor:
     columns, count = carrier.shape[1], carrier.sides[1]
     if not carrier.basis:
-        return stream.signs(columns, count) / math.sqrt(columns)
+        return stream.signs(columns, count).to(torch.int8)
     # An adapter's change has no component outside its row space: a direction there would cost sqrt(columns / rank)
     # times as much. Inside it, the key turns the basis, so that the directions stay secret.
     basis = torch.frombuffer(bytearray(carrier.basis), dtype=torch.int8).reshape(columns, carrier.rank).double()
@@ -105,16 +130,16 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return unique
 
 
-def _right_factor(columns: Tensor) -> Tensor:
+def _gram_inverse(columns: Tensor) -> Tensor:
     # float64: the Gram matrix of a wide tile is well conditioned, but its inverse feeds an exact snap.
     wide = columns.double()
-    factor: Tensor = torch.linalg.solve(wide.T @ wide, wide.T).T
-    return factor.float().contiguous()
+    inverse: Tensor = torch.linalg.inv(wide.T @ wide)
+    return inverse
 
 
 def project(tile: Tensor, key: CarrierKey) -> Tensor:
     """Return A^T W B of a tile of the right shape, unchecked, float64 [l, r]: nothing waits for the device."""
-    weights = tile.detach().to(device=key.left.device, dtype=torch.float32)
+    weights = tile.detach().to(device=key.dither.device, dtype=torch.float32)
     return (key.left.T @ weights @ key.right).double()
 
 
@@ -170,24 +195,23 @@ def loss_gradient(projections: Tensor, key: CarrierKey) -> Tensor:
 def move_(tile: Tensor, key: CarrierKey, shift: Tensor) -> None:
     """Change a tile in place so that its projections move by ``shift``, by the smallest change that does so.
 
-    The change is A (A^T A)^-1 shift (B^T B)^-1 B^T.
+    The change is A (A^T A)^-1 shift (B^T B)^-1 B^T: the one that `CarrierKey.spread` is for.
 
     Args:
         tile: float32 [o, i], contiguous rows.
         key: Its carrier key.
         shift: float64 [l, r], in units of the weights.
     """
-    tile.addmm_(key.left_inverse @ shift.to(tile.dtype), key.right_inverse.T)
+    tile.addmm_(key.left @ key.spread(shift), key.right.T)
 
 
 def change_norm(key: CarrierKey, shift: Tensor) -> float:
     """Return the Frobenius norm of the change that `move_` makes for ``shift``, without forming it.
 
-    |A' X B'^T|^2 = trace(X^T (A'^T A') X (B'^T B')) with A' = A (A^T A)^-1 and B' likewise.
+    |A X B^T|^2 = trace(X^T (A^T A) X (B^T B)), and with X = (A^T A)^-1 shift (B^T B)^-1 the Gram matrices cancel.
     """
-    left = (key.left_inverse.T @ key.left_inverse).double()
-    right = (key.right_inverse.T @ key.right_inverse).double()
-    return math.sqrt(max(0.0, float(torch.sum((left @ shift @ right) * shift))))
+    moved = key.left_gram_inverse @ shift.double() @ key.right_gram_inverse
+    return math.sqrt(max(0.0, float(torch.sum(moved * shift))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

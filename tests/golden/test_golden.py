@@ -76,7 +76,7 @@ def test_the_watermark_is_derived_as_ever(watermark: dict[str, Any]) -> None:
 
 def test_the_digest_sees_every_part(watermark: dict[str, Any]) -> None:
     key = WatermarkRecord.from_json(watermark["record"]).carrier_keys(OWNER)[0]
-    for name in ("left", "right", "step", "dither", "bits"):
+    for name in ("left_signs", "right_kept", "step", "dither", "bits"):
         changed = key.to(torch.device("cpu"))
         tensor = getattr(changed, name).clone()
         tensor[0, 0] = 1 - tensor[0, 0] if name == "bits" else -tensor[0, 0]

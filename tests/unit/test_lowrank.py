@@ -109,7 +109,10 @@ def test_no_other_change_of_b_is_smaller() -> None:
     change = Reach.of(down, key).change(key, shift, SCALING)
     best = float(torch.linalg.vector_norm(SCALING * change @ down))
     # The plain inverse of A B also lands on the lattice; only with orthonormal rows of A is it as small.
-    plain = key.left_inverse @ (shift @ torch.linalg.pinv(down.double() @ key.right.double()) / SCALING).float()
+    plain = (
+        key.left
+        @ (key.left_gram_inverse @ shift @ torch.linalg.pinv(down.double() @ key.right.double()) / SCALING).float()
+    )
     moved = adapter_projections(down, plain, SCALING, key)
     assert torch.allclose(moved, shift, atol=1e-6)
     assert best < 0.95 * float(torch.linalg.vector_norm(SCALING * plain @ down))

@@ -88,7 +88,7 @@ def _ramp(dtype: torch.dtype, steps: int, *, naive: bool) -> Reading:
     noise = generator()
     # The way is laid down once: a last step that saw what is still missing would bring all of it in at once.
     shift = residual(project(weights, key), key) / steps
-    change = key.left_inverse @ shift.float() @ key.right_inverse.T
+    change = key.left @ key.spread(shift) @ key.right.T
     for _ in range(steps):
         if naive:
             weights = (weights.float() + change).to(dtype)

@@ -123,8 +123,9 @@ def test_a_key_is_what_the_design_says(one: CarrierKey) -> None:
     assert one.dither.shape == one.step.shape == one.bits.shape == (5, 4)
     assert bool(((one.dither >= 0) & (one.dither < one.step)).all())
     assert set(one.bits.unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(one.left.T @ one.left_inverse, torch.eye(5), atol=1e-6, rtol=0)
-    torch.testing.assert_close(one.right.T @ one.right_inverse, torch.eye(4), atol=1e-6, rtol=0)
+    for columns, inverse in ((one.left, one.left_gram_inverse), (one.right, one.right_gram_inverse)):
+        wide = columns.double()
+        torch.testing.assert_close(wide.T @ wide @ inverse, torch.eye(len(inverse), dtype=torch.float64))
     for device in ("cpu", torch.device("cpu")):
         moved = one.to(torch.device(device))
         assert torch.equal(moved.left, one.left)
