@@ -12,9 +12,10 @@ A second plain one shows what the method itself would call a difference. A step 
 figure that counts (other programs cannot lengthen it); wall time is given beside it. "in the guard" is timed around
 the guard's own calls. All defaults: the run is one epoch, so that all steps are in the marked phase.
 
-Memory: each kind in a process of its own. "peak" is the growth of VmHWM (reset after two steps) over the plain run's,
-with malloc told to give large blocks back at once; "held" and "while" are what torch's allocator says: kept by the
-guard's start, and at most in use at a time in its calls.
+Memory: each kind in a process of its own. "peak" is the growth over the plain run's VmHWM (reset after two steps)
+less mapped files (about 12 MB more of the libraries' code), with malloc told to give large blocks back at once.
+"held", "start" and "step" are what torch's allocator gave out: kept by the guard's start, and at most in use at a
+time in that start, before the first step, and in its call after the optimizer.
 
     python benchmarks/overhead.py --json docs/measured/overhead.json
     python benchmarks/overhead.py --dtypes float32 --rounds 6 --parts time
@@ -222,6 +223,8 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
             "overhead_wall": _median(watch.wall[i] / plain.wall[i] - 1 for i in chosen),
             "in_guard_s": _median(watch.guard[i] for i in chosen),
             "in_guard": _median(watch.guard[i] / (watch.cpu[i] - watch.guard[i]) for i in chosen),
+            # A step's time grows with its tokens, the signature's does not.
+            "tokens_for_1_percent": _longest(watch, chosen, plain.cpu, options.rows * options.tokens),
             "rounds_cpu": [round(watch.cpu[i] / plain.cpu[i] - 1, 4) for i in chosen],
             "once_cpu_s": {name: round(spent, 2) for name, spent in watch.once.items()},
         }
@@ -244,6 +247,11 @@ def _train(trainer: Trainer, turns: Turns, watch: Stopwatch) -> None:
         turns.pass_on(failed=not finished)
 
 
+def _longest(watch: Stopwatch, chosen: range, plain: list[float], tokens: int) -> int:
+    """Return from how many tokens a step on the guard's calls would be 1% of it, if they cost the same."""
+    return round(statistics.median(100 * watch.guard[i] / plain[i] for i in chosen) * tokens)
+
+
 def _median(values: Any) -> float:
     return round(statistics.median(values), 5)
 
@@ -260,7 +268,8 @@ class Gauge(TrainerCallback):
             Path("/proc/self/clear_refs").write_text("5")
         if state.global_step == self._last:
             status = Path("/proc/self/status").read_text()
-            self.peak_bytes = 1024 * int(status.split("VmHWM:")[1].split()[0])
+            peak, files = (int(status.split(f"{name}:")[1].split()[0]) for name in ("VmHWM", "RssFile"))
+            self.peak_bytes = 1024 * (peak - files)
 
 
 class Allocations:
@@ -344,7 +353,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="steps of each Trainer that count")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
-    parser.add_argument("--json", type=Path, help="where to write what was found; other parts in it stay")
+    parser.add_argument("--json", type=Path, help="where to write what was found; what else is in it stays")
     parser.add_argument("--child", choices=("time", "memory", "allocations"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -358,7 +367,7 @@ def main() -> None:
         options.dtype = dtype
         for part in options.parts:
             one = compare_memory(options) if part == "memory" else _child(options, "time", options.kinds)
-            found.setdefault(dtype, {})[part] = one
+            found.setdefault(dtype, {}).setdefault(part, {}).update(one)
             print(dtype, part, json.dumps(one, indent=1), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
