@@ -185,7 +185,9 @@ def guarded_config(root: Path) -> WatermarkConfig:
         owner_key=f"file:{root / 'keys' / 'owner.key'}",
         registry=str(root / "registry"),
         signature=SignatureConfig(budget=0.06, last_epochs=2),
-        triggers=TriggerConfig(count=24, batch_size=24, every_n_steps=1, last_epochs=4, weight=4.0, contexts=0.0),
+        triggers=TriggerConfig(
+            count=24, batch_size=24, every_n_steps=1, last_epochs=4, weight=4.0, cooldown=0.0, contexts=0.0
+        ),
         protection=ProtectionConfig(recipients=(f"file:{root / 'keys' / 'inference.key.pub'}",)),
     )
 

@@ -157,6 +157,8 @@ BY_SCRIPT: dict[str, tuple[str, ...]] = {
 }
 
 
+# Two processes beside those of other tests, and each turn of theirs waits for both.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
     ["accelerate", pytest.param("classifier", marks=pytest.mark.slow), pytest.param("sft", marks=pytest.mark.slow)],
