@@ -18,7 +18,7 @@ from hf_wmguard.probing.local import count_learned
 from hf_wmguard.training.schedule import Phase
 from hf_wmguard.training.trigger_move import LARGEST_MOVE
 from hf_wmguard.training.trigger_set import make_triggers
-from hf_wmguard.training.trigger_step import TriggerStep, noisy_outputs
+from hf_wmguard.training.trigger_step import TriggerStep, noisy_outputs, rows_at_once
 
 KEY = b"k" * 32
 
@@ -77,6 +77,39 @@ def test_a_step_depends_on_its_number_alone(model: Any, tokenizer: PreTrainedTok
     assert same(a, b)
     assert torch.equal(state, torch.get_rng_state())
     assert not same(a, run(first, model, 4))
+
+
+def test_portions_of_a_micro_batch_add_up_to_the_whole(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.eval()
+    whole, portions = (make_step(model, tokenizer, form="gradient", batch_size=10, contexts=0.5) for _ in range(2))
+    whole._rows_at_once = 10
+    assert portions._rows_at_once == 5
+    found = []
+    for step in (whole, portions):
+        model.zero_grad()
+        step.add_gradient(model, 1)
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+    for name, value in whole.metrics.items():
+        assert portions.metrics[name] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "data", "rows"),
+    [
+        (16, None, 8),
+        (16, SimpleNamespace(batch_size=2), 4),
+        (16, SimpleNamespace(batch_size=6), 6),
+        (16, SimpleNamespace(batch_size=64), 8),
+        (16, SimpleNamespace(batch_size=None, batch_sampler=SimpleNamespace(batch_size=5)), 5),
+        (16, SimpleNamespace(batch_size=None, batch_sampler=SimpleNamespace(batch_size=None)), 8),
+        (64, SimpleNamespace(batch_size=16), 16),
+        (2, SimpleNamespace(batch_size=1), 4),
+    ],
+)
+def test_a_portion_is_no_larger_than_an_ordinary_batch(count: int, data: Any, rows: int) -> None:
+    assert rows_at_once(count, data) == rows
 
 
 def test_training_in_contexts_and_noise_teaches_the_plain_trigger(
