@@ -186,7 +186,7 @@ def guarded_config(root: Path) -> WatermarkConfig:
         registry=str(root / "registry"),
         signature=SignatureConfig(budget=0.06, last_epochs=2),
         triggers=TriggerConfig(
-            count=24, batch_size=24, every_n_steps=1, last_epochs=4, weight=4.0, cooldown=0.0, contexts=0.0
+            count=24, batch_size=24, every_n_steps=1, last_epochs=4, weight=4.0, cooldown=0.125, contexts=0.0
         ),
         protection=ProtectionConfig(recipients=(f"file:{root / 'keys' / 'inference.key.pub'}",)),
     )
