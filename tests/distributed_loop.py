@@ -77,37 +77,15 @@ def make_loop(root: Path, settings: Settings) -> tuple[Loop, WatermarkConfig]:
     return loop, config
 
 
-def save_state(loop: Loop, folder: Path) -> None:
-    """Write a checkpoint as the loop's kind does."""
-    if loop.accelerator is not None:
-        loop.accelerator.save_state(str(folder))
-    elif loop.guard is not None:
-        loop.guard.save(folder, resumable=True)
-
-
-def load_state(loop: Loop, folder: Path) -> int:
-    """Go back to a checkpoint, and return its step."""
-    if loop.guard is None:
-        return 0
-    if loop.accelerator is not None:
-        loop.accelerator.load_state(str(folder))
-    else:
-        loop.guard.resume(folder)
-        # The rate itself came with the optimizer's state.
-        loop.scheduler.last_epoch = loop.guard.step
-    loop.step = loop.guard.step
-    return loop.step
-
-
 def part(root: Path, settings: Settings) -> None:
     """Train up to a checkpoint inside the marked phase, or from there to the end, maybe on other processes."""
     loop, config = make_loop(root, settings)
     guard, state = loop.protect(config), root / "state"
-    resumed_at = load_state(loop, state) if settings.resume else 0
+    resumed_at = loop.resume(state) if settings.resume else 0
     loop.run(until=settings.only_until)
     seen, states = weights_of(loop.model), moments(loop.optimizer)
     if settings.only_until is not None:
-        save_state(loop, state)
+        loop.save(state)
     else:
         guard.finish()
         guard.save(root / "final")
@@ -152,7 +130,7 @@ def main() -> None:
         sabotage()
         seen.update({f"state/{name}": tensor for name, tensor in weights_of(loop.model).items()})
         states.update(moments(loop.optimizer))
-        save_state(loop, state)
+        loop.save(state)
 
     with loop.protect(config) as guard:
         loop.run(at_step=save)
@@ -160,7 +138,7 @@ def main() -> None:
     first = digest_weights(loop.model)
 
     # Back into the marked phase, in the same processes.
-    resumed_at = load_state(loop, state)
+    resumed_at = loop.resume(state)
     loop.run()
     guard.finish()
     result = {

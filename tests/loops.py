@@ -96,6 +96,26 @@ class Loop:
         self.guard = Guard(config, self.model, self.optimizer, self.accelerator, **{**settings, **self.guarding})
         return self.guard
 
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint as this kind of loop does."""
+        if self.accelerator is not None:
+            self.accelerator.save_state(str(folder))
+        else:
+            assert self.guard is not None
+            self.guard.save(folder, resumable=True)
+
+    def resume(self, folder: Path) -> int:
+        """Go on from a checkpoint, and return its step."""
+        assert self.guard is not None
+        if self.accelerator is not None:
+            self.accelerator.load_state(str(folder))
+        else:
+            self.guard.resume(folder)
+            # A plain loop brings its own schedule back; the rate itself came with the optimizer's state.
+            self.scheduler.last_epoch = self.guard.step
+        self.step = self.guard.step
+        return self.step
+
     def run(self, *, until: int | None = None, at_step: Callable[[int], None] | None = None) -> None:
         """Train, from the step after ``self.step`` on."""
         torch.manual_seed(100 + self.step)

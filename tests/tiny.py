@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_wmguard import protect_trainer
+from hf_wmguard import embed, protect_trainer
 from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
 from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.evidence.registry import Registry
@@ -190,6 +190,22 @@ def guarded_config(root: Path) -> WatermarkConfig:
         ),
         protection=ProtectionConfig(recipients=(f"file:{root / 'keys' / 'inference.key.pub'}",)),
     )
+
+
+def make_marked(root: Path) -> tuple[WatermarkConfig, PreTrainedModel]:
+    """Return a language model that bears a signature, with its config; keys and registry lie under ``root``."""
+    make_keys(root)
+    config = WatermarkConfig(
+        model_id="acme/tiny",
+        owner_key=f"file:{root / 'owner.key'}",
+        registry=str(root / "registry"),
+        signature=SignatureConfig(budget=0.06),
+        triggers=None,
+        protection=ProtectionConfig(recipients=(f"file:{root / 'inference.key.pub'}",)),
+    )
+    model = make_model("causal", 400)
+    embed(model, config)
+    return config, model
 
 
 class Recorder(TrainerCallback):

@@ -7,7 +7,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftModel
 from transformers import (
@@ -62,9 +62,6 @@ class WatermarkCallback(TrainerCallback):
         KeyFormatError, KeyPermissionError, NotFoundError: The owner key or a recipient cannot be read.
         AuthenticationError, KeyServiceError: A key service refuses, or does not answer.
     """
-
-    # The run that began last, and whose it is: a callback cannot ask its Trainer for the others.
-    _latest: ClassVar[tuple[TrainerState | None, WatermarkCallback | None]] = (None, None)
 
     def __init__(self, config: WatermarkConfig) -> None:
         self.config = config
@@ -155,7 +152,7 @@ class WatermarkCallback(TrainerCallback):
             # Core dumps stay off while this trains; one that fails leaves them off.
             hold()
             self._holding = True
-        self._check_alone(state)
+        self._check_alone()
         check_arguments(args, attached=self._trainer is not None)
         if self._trainer is not None:
             check_parallelism(self._trainer, self.config)
@@ -198,13 +195,13 @@ class WatermarkCallback(TrainerCallback):
         atexit.unregister(self._report_unsaved)
         atexit.register(self._report_unsaved)
 
-    def _check_alone(self, state: TrainerState) -> None:
-        run, other = WatermarkCallback._latest
-        if run is state and other is not self:
+    def _check_alone(self) -> None:
+        # Of a bare callback nobody can ask: it does not know its Trainer, which warns of a second one itself.
+        others = self._trainer.callback_handler.callbacks if self._trainer is not None else []
+        if any(isinstance(other, WatermarkCallback) and other is not self for other in others):
             raise UsageError(
                 "two watermark callbacks guard one trainer", hint="keep protect_trainer, and add no callback beside it"
             )
-        WatermarkCallback._latest = (state, self)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -261,7 +258,6 @@ class WatermarkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bring the mark to its end, and write the finished model where the config says."""
-        WatermarkCallback._latest = (None, None)
         if self._holding:
             release()
             self._holding = False

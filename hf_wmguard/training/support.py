@@ -141,7 +141,7 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
         ),
         # One process could overflow where another does not, and the mark would rest on one of them alone.
         (
-            args.world_size > 1 and "fp16" in (args.fp16 and "fp16", args.mixed_precision),
+            args.world_size > 1 and (args.fp16 or args.mixed_precision == "fp16"),
             "fp16 loss scaling on several processes",
             "use bf16=True",
         ),

@@ -89,26 +89,6 @@ def _commitments(config: WatermarkConfig) -> int:
     return len(Registry(Path(config.registry), OwnerKey.load(config.owner_key)).commitments())
 
 
-def _save(loop: Loop, folder: Path) -> None:
-    if loop.accelerator is not None:
-        loop.accelerator.save_state(str(folder))
-    else:
-        assert loop.guard is not None
-        loop.guard.save(folder, resumable=True)
-
-
-def _resume(loop: Loop, folder: Path) -> None:
-    assert loop.guard is not None
-    if loop.accelerator is not None:
-        loop.accelerator.load_state(str(folder))
-    else:
-        loop.guard.resume(folder)
-        # A plain loop brings its own schedule back.
-        for _ in range(loop.guard.step):
-            loop.scheduler.step()
-    loop.step = loop.guard.step
-
-
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step..` before:UserWarning")
 @pytest.mark.parametrize("accelerated", [True, False])
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
@@ -124,7 +104,7 @@ def test_trains_saves_resumes_and_verifies(
 
     def at_step(step: int) -> None:
         if step in (1, FIRST_SIGNATURE_STEP - 1, stop):
-            _save(loop, tmp_path / f"step-{step}")
+            loop.save(tmp_path / f"step-{step}")
             seen.update({f"{step}/{name}": tensor for name, tensor in weights_of(loop.model).items()})
             states.update({f"{step}/{name}": tensor for name, tensor in moments(loop.optimizer).items()})
 
@@ -161,7 +141,7 @@ def test_trains_saves_resumes_and_verifies(
     # Resumed in the marked phase: the same weights in the end.
     again = make_loop(task, accelerated=accelerated)
     with again.protect(config) as second:
-        _resume(again, tmp_path / f"step-{stop}")
+        again.resume(tmp_path / f"step-{stop}")
         assert again.step == stop
         again.run()
     assert second.mark.state == "complete"
@@ -176,11 +156,11 @@ def test_resumes_before_the_marked_phase_and_goes_back(
 ) -> None:
     loop = make_loop()
     with loop.protect(config):
-        loop.run(until=3, at_step=lambda step: _save(loop, tmp_path / f"step-{step}"))
+        loop.run(until=3, at_step=lambda step: loop.save(tmp_path / f"step-{step}"))
         loop.run()
     # Back to an earlier checkpoint of the same run, in the same process.
     first = dict(loop.digests)
-    _resume(loop, tmp_path / "step-3")
+    loop.resume(tmp_path / "step-3")
     assert loop.step == 3
     loop.run()
     assert loop.digests == first
@@ -190,7 +170,7 @@ def test_resumes_before_the_marked_phase_and_goes_back(
 
     again = make_loop()
     with again.protect(config):
-        _resume(again, tmp_path / "step-3")
+        again.resume(tmp_path / "step-3")
         again.run()
     assert again.digests == {step: first[step] for step in range(4, STEPS + 1)}
     assert _commitments(config) == 1
@@ -498,11 +478,11 @@ def test_resuming_with_something_else_is_refused(
     loop = make_loop()
     loop.protect(config)
     loop.run(until=2)
-    _save(loop, tmp_path / "state")
+    loop.save(tmp_path / "state")
     again = make_loop()
     again.protect(change(config, tmp_path))
     with pytest.raises(error) as caught:
-        _resume(again, tmp_path / "state")
+        again.resume(tmp_path / "state")
     assert caught.value.hint
 
 
@@ -549,12 +529,12 @@ def test_a_spoilt_state_is_refused(
     loop = make_loop()
     loop.protect(config)
     loop.run(until=2)
-    _save(loop, tmp_path / "state")
+    loop.save(tmp_path / "state")
     spoil(tmp_path / "state", loop)
     again = make_loop()
     again.protect(config)
     with pytest.raises(error) as caught:
-        _resume(again, tmp_path / "state")
+        again.resume(tmp_path / "state")
     assert caught.value.hint
 
 

@@ -95,24 +95,6 @@ def _spoil(loop: Loop, *steps: int) -> Callable[[int], None]:
     return at_step
 
 
-def _save(loop: Loop, folder: Path) -> None:
-    assert loop.guard is not None
-    if loop.accelerator is not None:
-        loop.accelerator.save_state(str(folder))
-    else:
-        loop.guard.save(folder, resumable=True)
-
-
-def _resume(loop: Loop, folder: Path) -> None:
-    assert loop.guard is not None
-    if loop.accelerator is not None:
-        loop.accelerator.load_state(str(folder))
-    else:
-        loop.guard.resume(folder)
-        loop.scheduler.last_epoch = loop.guard.step
-    loop.step = loop.guard.step
-
-
 def _exact(folder: Path) -> None:
     manifest, _ = read_manifest(folder)
     assert manifest.state == "complete"
@@ -151,7 +133,7 @@ def test_a_breach_stops_every_save_with_the_numbers(
     before, after = (one["eval_loss"] for one in evaluation.seen)
     assert f"from {before:.6g} to {after:.6g}" in caught.value.message
     saves = [lambda: guard.save(tmp_path / "a"), lambda: guard.model.save_pretrained(tmp_path / "b")]
-    saves += [lambda: _save(loop, tmp_path / "c")]
+    saves += [lambda: loop.save(tmp_path / "c")]
     for save in saves:
         with pytest.raises(QualityError) as again:
             save()
@@ -183,7 +165,7 @@ def test_a_jump_of_the_loss_makes_the_mark_wait_also_after_a_resume(
         changes[step] = loop.guard.metrics().get("wmguard/weight_change")
         spoil(step)
         if step == stop:
-            _save(loop, tmp_path / "state")
+            loop.save(tmp_path / "state")
 
     with loop.guard as guard:
         loop.run(at_step=at_step)
@@ -197,7 +179,7 @@ def test_a_jump_of_the_loss_makes_the_mark_wait_also_after_a_resume(
     told = json.loads((tmp_path / "state" / QUALITY_NAME).read_text())
     assert told["paused"] is True
     again, evaluation = start(quality, accelerated=accelerated)
-    _resume(again, tmp_path / "state")
+    again.resume(tmp_path / "state")
     assert again.step == stop
     with again.guard as resumed:
         again.run(at_step=_spoil(again, 0, well))
@@ -248,7 +230,7 @@ def test_resuming_inside_the_phase_needs_the_first_value(start: Make, tmp_path: 
         loop.guard.resume(tmp_path / str(FIRST + 2))
     assert f"step {FIRST} or before" in caught.value.hint
     loop, evaluation = start(QualityConfig(tolerance=1.0), accelerated=False)
-    _resume(loop, tmp_path / str(FIRST))
+    loop.resume(tmp_path / str(FIRST))
     loop.run(until=FIRST + 2)
     assert len(evaluation.seen) == 1
 

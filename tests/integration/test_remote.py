@@ -17,12 +17,11 @@ import torch
 from hub import Hub
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from tiny import largest_file, make_keys, make_model, make_tokenizer, save_protected
+from tiny import largest_file, make_keys, make_marked, make_model, make_tokenizer, save_protected
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_wmguard.loading  # noqa: F401
-from hf_wmguard import SignatureConfig, WatermarkConfig, embed, load_protected, verify
-from hf_wmguard.config import ProtectionConfig
+from hf_wmguard import WatermarkConfig, load_protected, verify
 from hf_wmguard.container.recipients import generate_identity
 from hf_wmguard.delivery.pulling import PARTIAL_PREFIX, pull
 from hf_wmguard.errors import (
@@ -65,17 +64,7 @@ class Marked:
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Marked:
     root = tmp_path_factory.mktemp("remote")
-    make_keys(root)
-    config = WatermarkConfig(
-        model_id="acme/tiny",
-        owner_key=f"file:{root / 'owner.key'}",
-        registry=str(root / "registry"),
-        signature=SignatureConfig(budget=0.06),
-        triggers=None,
-        protection=ProtectionConfig(recipients=(f"file:{root / 'inference.key.pub'}",)),
-    )
-    model = make_model("causal", 400)
-    embed(model, config)
+    config, model = make_marked(root)
     return Marked(root=root, config=config, model=model)
 
 

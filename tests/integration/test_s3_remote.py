@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from s3_servers import ENVIRONMENT, moto_s3
-from tiny import make_keys, make_model, save_protected
+from tiny import make_marked, save_protected
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_wmguard import SignatureConfig, WatermarkConfig, embed, load_protected, verify
+from hf_wmguard import WatermarkConfig, load_protected, verify
 from hf_wmguard.cli import main as cli
-from hf_wmguard.config import ProtectionConfig
 from hf_wmguard.delivery.pushing import push
 from hf_wmguard.errors import MissingDependencyError, NotFoundError, UsageError
 from hf_wmguard.stores.s3 import s3_client
@@ -44,17 +43,7 @@ def bucket(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> tuple[WatermarkConfig, PreTrainedModel, Path]:
     root = tmp_path_factory.mktemp("s3-remote")
-    make_keys(root)
-    config = WatermarkConfig(
-        model_id="acme/tiny",
-        owner_key=f"file:{root / 'owner.key'}",
-        registry=str(root / "registry"),
-        signature=SignatureConfig(budget=0.06),
-        triggers=None,
-        protection=ProtectionConfig(recipients=(f"file:{root / 'inference.key.pub'}",)),
-    )
-    model = make_model("causal", 400)
-    embed(model, config)
+    config, model = make_marked(root)
     return config, model, root
 
 
