@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from drawing import SEED, fixed_draws
+from hypothesis import settings
 
 from hf_wmguard.config import ProtectionConfig, SignatureConfig, TriggerConfig, WatermarkConfig
 from hf_wmguard.container.recipients import generate_identity
@@ -36,9 +38,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="takes many minutes: set WMGUARD_SLOW=1"))
 
 
+# The examples that a property is tried on are fixed too; another seed tries others.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed" if SEED == "0" else "default")
+
+
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _fixed_seed(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    with fixed_draws(request.node.nodeid):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Generator[None]:
+    """Let what is made once for several tests not depend on which of them comes first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    torch.manual_seed(0)
+    with fixed_draws(f"{request.node.nodeid}::{fixturedef.argname}[{getattr(request, 'param', '')}]"):
+        return (yield)
 
 
 # Imported in the fixtures: transformers takes seconds to import, and the unit tests do without it.
