@@ -9,10 +9,13 @@ private record, shares of projections) goes to processes that hold the key anywa
 
 from __future__ import annotations
 
+import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, distributed
 from hf_wmguard.errors import EnvironmentFault, UsageError
 
 T = TypeVar("T")
+_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,23 +82,17 @@ class Ranks:
         Raises:
             EnvironmentFault: It failed there.
         """
-        result: list[T | None] = [None]
+        result: Any = None
         with self.together(what):
             if self.is_main:
-                result = [action()]
-        if self.size > 1:
-            distributed.broadcast_object_list(result, src=0)
-            _let_go()
-        return result[0]  # type: ignore[return-value]
+                result = action()
+        return result if self.size == 1 else _from_first(result)  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in order of ranks."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value)
-        _let_go()
-        return values
+        return _from_all(value, self.size)
 
     def check_same(self, what: str, value: str, *, hint: str) -> None:
         """Check that a value is the same on every rank.
@@ -118,14 +116,56 @@ class Ranks:
             one.div_(self.size)
 
 
-def _let_go() -> None:
-    """Wait until gloo's own thread has let go of the Python objects of what was just sent.
+def _from_all(value: T, size: int) -> list[T]:
+    """Return every rank's value: `torch.distributed.all_gather_object`, after which a process may end at once."""
+    own = _pickled(value)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(size)]
+    length = torch.tensor([len(own)], device=own.device)
+    _run(partial(distributed.all_gather, lengths, length), [*lengths, length])
+    longest = max(int(one) for one in lengths)
+    padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+    found = [torch.empty_like(padded) for _ in range(size)]
+    _run(partial(distributed.all_gather, found, padded), [*found, padded])
+    return [_unpickled(one[: int(length)]) for one, length in zip(found, lengths, strict=True)]
 
-    It needs the interpreter's lock for that. Who ends the process group at once, as at the end of a script, holds the
-    lock and waits for the thread (torch 2.13): the process would hang. A barrier gives the lock away and has none.
+
+def _from_first(value: Any) -> Any:
+    """Return the first rank's value, on every rank; as `_from_all`."""
+    own = _pickled(value)
+    length = torch.tensor([len(own)], device=own.device)
+    _run(partial(distributed.broadcast, length, 0), [length])
+    sent = own if distributed.get_rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=own.device)
+    _run(partial(distributed.broadcast, sent, 0), [sent])
+    return _unpickled(sent)
+
+
+def _pickled(value: Any) -> Tensor:
+    on_gpu = distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+
+
+def _unpickled(data: Tensor) -> Any:
+    # From the processes of this run, which hold the same keys and run the same code; torch's own functions do the same.
+    return pickle.loads(data.cpu().numpy().tobytes())  # noqa: S301
+
+
+def _run(collective: Callable[[], Any], tensors: Sequence[Tensor]) -> None:
+    """Run a collective, and go on when its tensors are the caller's alone.
+
+    gloo's own threads let go of them when it is done already, and need the interpreter's lock for that (torch 2.13):
+    who frees the process group at once, as at the end of a script, holds the lock and waits for the thread, for ever.
+    A tensor that a thread of torch's holds has one reference more to its Python object, for which one can wait.
     """
-    if distributed.get_backend() == "gloo":
-        distributed.barrier()
+    before, deadline = _references(tensors), time.monotonic() + _PATIENCE_S
+    collective()
+    while _references(tensors) > before and time.monotonic() < deadline:
+        # Gives the lock away.
+        time.sleep(0.001)
+
+
+def _references(tensors: Sequence[Tensor]) -> int:
+    return sum(sys.getrefcount(one) for one in tensors)
 
 
 def _summary(error: BaseException) -> str:
@@ -167,8 +207,8 @@ def check_equal(ranks: Ranks, names: Sequence[str], tensors: Sequence[Tensor]) -
         return
     own = fingerprint(tensors)
     high, low = own.clone(), own.clone()
-    distributed.all_reduce(high, op=distributed.ReduceOp.MAX)
-    distributed.all_reduce(low, op=distributed.ReduceOp.MIN)
+    _run(partial(distributed.all_reduce, high, op=distributed.ReduceOp.MAX), [high])
+    _run(partial(distributed.all_reduce, low, op=distributed.ReduceOp.MIN), [low])
     apart = (high != low).any(dim=1).nonzero().flatten().tolist()
     if apart:
         raise EnvironmentFault(
