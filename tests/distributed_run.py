@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate_on_cpus import pass_for_gpus
 from tiny import (
     StopAt,
     build_trainer,
@@ -24,11 +26,13 @@ from tiny import (
     make_texts,
     make_tokenizer,
 )
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_wmguard import Guard, protect_trainer
 from hf_wmguard.config import SignatureConfig, TriggerConfig, WatermarkConfig
+from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.protect import ProtectedWriter
 from hf_wmguard.suspects.plaintext import PlaintextFinder
 from hf_wmguard.training.ranks import Ranks
@@ -42,7 +46,9 @@ class Settings:
     form: str = "decoupled"
     base: str = ""
     own_loop: bool = False
+    by_layer: bool = False
     split: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fsdp: dict[str, str] = dataclasses.field(default_factory=dict)
     trigger_form: str | None = "gradient"
     dtype: str = "float32"
     epochs: int = 3
@@ -67,15 +73,14 @@ class Weights(TrainerCallback):
         self.saved[state.global_step] = {name: whole(one) for name, one in kwargs["model"].named_parameters()}
 
 
-def load_split(folder: Path, settings: Settings) -> Any:
-    """Load a model in parts on all processes."""
+def load(folder: Path, settings: Settings) -> Any:
+    """Load a model, in parts on all processes where the settings say how."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.distributed import DistributedConfig
 
     kind: Any = AutoModelForSequenceClassification if settings.task == "classification" else AutoModelForCausalLM
-    return kind.from_pretrained(
-        folder, dtype=getattr(torch, settings.dtype), distributed_config=DistributedConfig(**settings.split)
-    )
+    split = {"distributed_config": DistributedConfig(**settings.split)} if settings.split else {}
+    return kind.from_pretrained(folder, dtype=getattr(torch, settings.dtype), **split)
 
 
 class Saboteur(TrainerCallback):
@@ -133,12 +138,19 @@ def main() -> None:
     )
     if settings.other_model_id and os.environ.get("RANK") == "1":
         config = dataclasses.replace(config, model_id="acme/other")
-    model = make_model(settings.task, len(tokenizer)).to(getattr(torch, settings.dtype))
-    if settings.split:
-        model = load_split(Path(settings.base), settings)
+    if settings.fsdp:
+        # What accelerate launch does.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", **{f"FSDP_{name}": one for name, one in settings.fsdp.items()}}
+        pass_for_gpus()
+        # As scripts do before they load a model: only then does transformers leave that to the main process.
+        TrainingArguments(str(root / "out"), use_cpu=True)
+    if settings.base:
+        model = load(Path(settings.base), settings)
+    else:
+        model = make_model(settings.task, len(tokenizer)).to(getattr(torch, settings.dtype))
     recorder = Weights()
     if settings.own_loop:
-        marked = train_by_hand(model, tokenizer, config, root / "final")
+        marked = train_by_hand(model, tokenizer, config, root / "final", settings)
         report(root, model, {}, marked)
         return
     callbacks: list[TrainerCallback] = [recorder, Saboteur(settings)]
@@ -164,21 +176,39 @@ def main() -> None:
     report(root, trainer.model, recorder.saved, logged[-1] if logged else {})
 
 
-def train_by_hand(model: Any, tokenizer: Any, config: WatermarkConfig, folder: Path) -> dict[str, float]:
+def train_by_hand(
+    model: Any, tokenizer: Any, config: WatermarkConfig, folder: Path, settings: Settings
+) -> dict[str, float]:
     """Train without a Trainer, on the same rows on every process, as tensor parallelism wants it."""
-    rows = make_rows("causal_lm", tokenizer, make_texts())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    settings = {"processing_class": tokenizer, "max_steps": 16, "steps_per_epoch": 8}
-    with Guard(config, model, optimizer, **settings) as guard:
+    rows, accelerator = make_rows("causal_lm", tokenizer, make_texts()), None
+    if settings.by_layer:
+        distributed.init_process_group("gloo")
+        for layer in (*model.model.layers, model):
+            fully_shard(layer)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if settings.fsdp:
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    run = {"processing_class": tokenizer, "max_steps": 16, "steps_per_epoch": 8}
+    with Guard(config, model, optimizer, accelerator, **run) as guard:
         for step in range(16):
             batch = {key: torch.tensor([row[key] for row in rows[step % 8 * 8 :][:8]]) for key in rows[0]}
             guard.before_accumulation()
-            model(**batch).loss.backward()
+            loss = model(**batch).loss
+            loss.backward() if accelerator is None else accelerator.backward(loss)
             guard.after_backward()
             optimizer.step()
             guard.after_step()
             optimizer.zero_grad()
     guard.save(folder)
+    if accelerator is not None:
+        for state in (accelerator.save_state, accelerator.load_state):
+            try:
+                state(str(folder.parent / "state"))
+            except UnsupportedError:
+                continue
+            raise AssertionError(f"{state} of a model in parts was not refused")
+        accelerator.save_model(model, str(folder.parent / "by-accelerate"))
     return guard.metrics()
 
 

@@ -20,6 +20,7 @@ from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.training.loop_checks import check_prepared, unwrapped
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model
+from hf_wmguard.training.sharded import check_whole
 
 _HOOKS = "_wmguard_hooks"
 
@@ -69,11 +70,14 @@ def guard_accelerator(
     plain: Any = type(accelerator)
 
     def save_state(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        # Before the hooks are asked, FSDP's plaintext would be on the disk.
+        check_whole(model)
         # Each process writes a part of it: its random numbers.
         with Ranks.current().together("saving the state"):
             return plain.save_state(accelerator, output_dir, *args, **kwargs)
 
     def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        check_whole(model)
         with Ranks.current().together("loading the state"):
             try:
                 plain.load_state(accelerator, input_dir, *args, **kwargs)

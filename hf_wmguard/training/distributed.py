@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from peft import PeftModel
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
@@ -14,7 +17,8 @@ from hf_wmguard.training.launching import asks_for
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.ranks import Ranks
 
-_NATIVE = "load the model with from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N)) instead"
+# Whether something is on, what it is, and what to do instead.
+Refusal = tuple[Any, str, str]
 
 
 def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
@@ -24,9 +28,12 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
         UnsupportedError: Such a kind is on.
     """
     told = asks_for("FSDP") or bool(trainer.args.fsdp)
-    refused: list[tuple[Any, str, str]] = [
-        (trainer.is_fsdp_enabled, "accelerate's FSDP, whose checkpoints are plaintext", _NATIVE),
-        (told, "accelerate's FSDP, which runs as DDP on CPUs without a word", _NATIVE),
+    refused: list[Refusal] = [
+        (
+            told and not trainer.is_fsdp_enabled,
+            "accelerate's FSDP, which runs as DDP on CPUs without a word",
+            "load the model with from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N)) instead",
+        ),
         (
             asks_for("DEEPSPEED") and not trainer.is_deepspeed_enabled,
             "accelerate's DeepSpeed, which runs as DDP on CPUs without a word",
@@ -40,24 +47,81 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
     ]
     if trainer.is_deepspeed_enabled:
         refused += _refused_of_deepspeed(trainer, config)
+    if trainer.is_fsdp_enabled:
+        refused += _refused_of_sharded_trainer(trainer)
     for on, what, instead in refused:
         if on:
             raise UnsupportedError(f"training mode is not supported by this version: {what}", hint=instead)
 
 
-def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[tuple[Any, str, str]]:
+def _saves_states(trainer: Trainer) -> bool:
+    return trainer.args.save_strategy != SaveStrategy.NO and not trainer.args.save_only_model
+
+
+def refused_of_fsdp(accelerator: Accelerator) -> list[Refusal]:
+    """Return what cannot be protected under accelerate's FSDP."""
+    plugin: Any = accelerator.state.fsdp_plugin
+    mesh: Any = accelerator.parallelism_config
+    return [
+        (plugin.fsdp_version != 2, "FSDP1, which trains flat copies of the weights", "set fsdp_version to 2"),
+        (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "FSDP that keeps weights on the CPU between the steps",
+            "set fsdp_offload_params to false",
+        ),
+        (
+            plugin.activation_checkpointing,
+            "fsdp_activation_checkpointing, which gives the weights other names",
+            "use the model's own gradient checkpointing instead",
+        ),
+        (
+            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+            "FSDP with a compiled model, whose weights have other names",
+            "train it without torch.compile",
+        ),
+        (
+            mesh is not None and (mesh.tp_enabled or mesh.cp_enabled or mesh.sp_enabled),
+            "accelerate's FSDP with tensor, context or sequence parallelism",
+            "use data parallelism alone",
+        ),
+    ]
+
+
+def _refused_of_sharded_trainer(trainer: Trainer) -> list[Refusal]:
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    return [
+        *refused_of_fsdp(trainer.accelerator),
+        (
+            "FULL_STATE_DICT" not in str(plugin.state_dict_type),
+            "FSDP with sharded state dicts, which are plaintext",
+            "set fsdp_state_dict_type to FULL_STATE_DICT",
+        ),
+        (
+            _saves_states(trainer),
+            "FSDP checkpoints, which hold plaintext weights and states",
+            "set save_only_model=True; such a run resumes from weights only",
+        ),
+        (
+            trainer.args.torch_compile,
+            "FSDP with a compiled model, whose weights have other names",
+            "train it without torch_compile",
+        ),
+        (isinstance(trainer.model, PeftModel), "an adapter under accelerate's FSDP", "train it with DDP"),
+    ]
+
+
+def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[Refusal]:
     settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     on_disk = [one for one in ("offload_optimizer", "offload_param") if zero.get(one, {}).get("device") == "nvme"]
-    states = trainer.args.save_strategy != SaveStrategy.NO and not trainer.args.save_only_model
     form = config.signature.form if config.signature is not None else "decoupled"
     return [
         (stage not in (1, 2, 3), "DeepSpeed without ZeRO", "set zero_optimization.stage to 1, 2 or 3, or use DDP"),
         (settings.get("fp16", {}).get("enabled") is True, "fp16 loss scaling", "use bf16 or full precision"),
         (on_disk, "ZeRO with weights or their states on a disk, in plaintext", "offload to the CPU"),
         (
-            states,
+            _saves_states(trainer),
             "DeepSpeed checkpoints, whose *_states.pt hold plaintext weights",
             "set save_only_model=True; such a run is not resumed",
         ),
@@ -122,6 +186,9 @@ def join_saves(trainer: Trainer, mark: Mark) -> None:
             plain_save(output_dir, _internal_call)
 
     def save_optimizer_and_scheduler(output_dir: str) -> None:
+        if trainer.is_fsdp_enabled:
+            # Refused before the first step; here for whoever changes save_only_model afterwards.
+            raise UnsupportedError("FSDP would write plaintext weights and states", hint="set save_only_model=True")
         with Ranks.current().together("saving the optimizer's state"):
             plain_state(output_dir)
 

@@ -31,7 +31,7 @@ from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.reading import read_weights, steps_done
 from hf_wmguard.training.saving import Model, Save, guard_saves, naming_faults
 from hf_wmguard.training.schedule import count_steps
-from hf_wmguard.training.sharded import is_sharded
+from hf_wmguard.training.sharded import check_whole
 from hf_wmguard.training.step_order import StepOrder, disorder
 from hf_wmguard.training.support import check_recipients
 
@@ -332,11 +332,8 @@ class Guard:
         self._state.write(folder, context, self._optimizer.state_dict())
 
     def _save_model(self, folder: Path, *, resumable: bool, beside: Beside | None = None) -> Manifest:
-        if resumable and is_sharded(self.model):
-            raise UnsupportedError(
-                "the state of an optimizer that lies in parts on several processes is not saved by this version",
-                hint="call guard.save(folder) without resumable=True",
-            )
+        if resumable:
+            check_whole(self.model)
         with self._ranks.together(f"saving {folder}"):
             self._order.check_save()
         self.mark.check_ranks(self.model)

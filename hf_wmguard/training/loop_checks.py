@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.errors import UnsupportedError, UsageError
 from hf_wmguard.probing.tasks import task_of
+from hf_wmguard.training.distributed import Refusal, refused_of_fsdp
 from hf_wmguard.training.launching import check_joined
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model, inner_model
@@ -124,23 +125,26 @@ def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | No
     inner, name = unwrapped(model), type(inner_optimizer(optimizer)).__name__
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     deepspeed = kind == DistributedType.DEEPSPEED or uses_zero(inner) or type(model).__name__ == "DeepSpeedEngine"
-    whole = isinstance(model, FullyShardedDataParallel) or kind == DistributedType.FSDP
-    by_itself = getattr(getattr(inner, "config", None), "distributed_config", None) is not None
-    refused: list[tuple[bool, str, str]] = [
+    by_fsdp = kind == DistributedType.FSDP
+    refused: list[Refusal] = [
         (deepspeed, "DeepSpeed, which writes plaintext partitions", "use DDP, or a Trainer with protect_trainer"),
+        *(refused_of_fsdp(accelerator) if accelerator is not None and by_fsdp else ()),
         (
-            whole,
-            "FSDP, which writes plaintext shards",
-            "use DDP, or in plain PyTorch a model that splits itself: "
-            "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))",
+            isinstance(model, FullyShardedDataParallel),
+            "FSDP1, which trains flat copies of the weights",
+            "use fully_shard",
         ),
-        (kind not in known, f"accelerate's {kind.value}", "use CPUs or CUDA devices"),
+        (not by_fsdp and kind not in known, f"accelerate's {kind.value}", "use CPUs or CUDA devices"),
         (
-            is_sharded(inner) and not by_itself,
-            "fully_shard around a model, whose save_pretrained does not know of it",
-            "split it with from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))",
+            is_sharded(inner) and accelerator is not None and not by_fsdp,
+            "accelerate with a model that was split before",
+            "let accelerate split it (distributed_type FSDP), or use plain PyTorch for it",
         ),
-        (is_sharded(inner) and accelerator is not None, "accelerate with a model in parts", "use plain PyTorch for it"),
+        (
+            is_sharded(inner) and model is not inner,
+            "a compiled model in parts, whose weights have other names",
+            "train it without torch.compile",
+        ),
         (isinstance(model, nn.DataParallel), "torch.nn.DataParallel", "use DistributedDataParallel"),
         (
             name == "ZeroRedundancyOptimizer",

@@ -34,7 +34,7 @@ from hf_wmguard.training.commitments import check_same_run, find_committed, plan
 from hf_wmguard.training.loss_scale import scale_of, was_skipped
 from hf_wmguard.training.outcome import report_save
 from hf_wmguard.training.ranks import Ranks, check_equal
-from hf_wmguard.training.saving import Model, Save, inner_model, naming_faults, send_parts, weights_go_to
+from hf_wmguard.training.saving import Model, Save, inner_model, naming_faults, put_together, send_parts, weights_go_to
 from hf_wmguard.training.schedule import Phase, last_epochs
 from hf_wmguard.training.sharded import backend_of, is_sharded
 from hf_wmguard.training.signature_step import SignatureStep
@@ -328,7 +328,7 @@ class Mark:
                 writer = stack.enter_context(ProtectedWriter(folder, config=self.config, owner=self.owner))
             with together(), weights_go_to(writer.add, model):
                 # Into the staging folder: transformers clears old shards and rewrites the config before it writes.
-                plain_save(writer.staging, **kwargs)
+                plain_save(writer.staging, **put_together(model, kwargs))
             with together():
                 triggers = self._trigger_summary(model)
             with together():

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_wmguard.errors import EnvironmentFault, UnsupportedError, WmguardError
-from hf_wmguard.training.sharded import is_sharded
+from hf_wmguard.training.sharded import is_sharded, splits_itself, tied_again, whole_state
 
 Model = PreTrainedModel | PeftModel
 Sink = Callable[[Mapping[str, Tensor], Path, Mapping[str, str] | None], None]
@@ -102,8 +102,20 @@ def naming_faults(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def put_together(model: Model, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a save, with all weights of a model that lies in parts and does not see to it itself."""
+    if not is_sharded(model) or splits_itself(model):
+        return dict(kwargs)
+    # accelerate has put them together already where somebody asked it for the state dict.
+    state = kwargs.get("state_dict")
+    return {**kwargs, "state_dict": tied_again(model, whole_state(model) if state is None else state)}
+
+
 def send_parts(model: Model, plain_save: Save, kwargs: Mapping[str, Any]) -> None:
     """Take part in the save of a model that lies in parts, on a process that writes nothing of it."""
+    if not splits_itself(model):
+        put_together(model, kwargs)
+        return
     with tempfile.TemporaryDirectory() as folder:
         # transformers makes and lists a folder on every process.
         plain_save(folder, **{**kwargs, "is_main_process": False})

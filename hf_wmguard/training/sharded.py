@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -44,6 +45,41 @@ class Part:
 def is_sharded(model: nn.Module) -> bool:
     """Return whether parameters of a model lie in parts on several processes."""
     return any(isinstance(one, DTensor) for one in model.parameters())
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the whole state dict, in the main process's memory; empty on the others, which all have to call it."""
+    reshard(model)
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(state)
+
+
+def tied_again(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which what the model ties is one tensor, and not a copy for each name."""
+    result, first = dict(state), dict[int, str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if name in result and other in result:
+            result[name] = result[other]
+    return result
+
+
+def splits_itself(model: Any) -> bool:
+    """Return whether transformers has split a model as it was loaded, and puts it together for a save."""
+    return getattr(model.config, "distributed_config", None) is not None
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse to save or to read what training goes on from, where a model lies in parts.
+
+    Raises:
+        UnsupportedError: It does.
+    """
+    if is_sharded(model):
+        raise UnsupportedError(
+            "the state of an optimizer that lies in parts on several processes is not saved or read by this version",
+            hint="call guard.save(folder) without resumable=True, which saves the weights",
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

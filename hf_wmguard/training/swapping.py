@@ -14,11 +14,15 @@ def watch_saves(trainer: Trainer) -> None:
     """Let a Trainer save guarded models only, from now on: it would write any other in plaintext."""
     plain_save: Any = trainer._save
 
-    def save(*args: Any, **kwargs: Any) -> None:
+    def save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not is_guarded(model):
             raise swapped(model)
-        plain_save(*args, **kwargs)
+        if trainer.is_fsdp_enabled and not trainer.args.should_save:
+            # The Trainer's own would leave here, and the main process be alone with a model that needs all of them.
+            model.save_pretrained(output_dir or trainer.args.output_dir, state_dict=state_dict, is_main_process=False)
+            return
+        plain_save(output_dir, state_dict)
 
     trainer._save = save  # type: ignore[method-assign]
 

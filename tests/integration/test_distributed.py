@@ -166,35 +166,51 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-SPLITS: dict[str, dict[str, Any]] = {"fsdp2": {"fsdp_size": 2}, "tp": {"tp_size": 2, "tp_plan": "auto"}}
+FSDP = {
+    "VERSION": "2",
+    "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "RESHARD_AFTER_FORWARD": "true",
+    "STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "CPU_RAM_EFFICIENT_LOADING": "true",
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "fsdp2": {"split": {"fsdp_size": 2}},
+    "accelerate": {"fsdp": FSDP},
+    "fully_shard": {"by_layer": True},
+    "tp": {"split": {"tp_size": 2, "tp_plan": "auto"}},
+}
+BY_HAND = ("fsdp2 by hand", "accelerate by hand", "fully_shard by hand", "tp by hand")
 
 
-@pytest.mark.parametrize("split", ["fsdp2", pytest.param("fsdp2 by hand", marks=SLOW), pytest.param("tp", marks=SLOW)])
+@pytest.mark.parametrize(
+    "split",
+    ["fsdp2", "accelerate", *(pytest.param(one, marks=SLOW) for one in BY_HAND)],
+)
 def test_in_parts(tmp_path: Path, base: str, split: str, request: pytest.FixtureRequest) -> None:
-    settings: dict[str, Any] = {
-        "task": "causal_lm",
-        "base": base,
-        "split": SPLITS[split.split()[0]],
-        "trigger_form": "decoupled",
-    }
+    settings: dict[str, Any] = {"task": "causal_lm", "base": base, "trigger_form": "decoupled"}
+    settings |= SPLITS[split.split()[0]]
     # The Trainer takes no tensor parallelism on CPUs, and keeps no state of an optimizer that lies in parts.
-    settings |= {"own_loop": True} if split != "fsdp2" else {"arguments": {"save_only_model": True}}
+    settings |= {"own_loop": True} if split in BY_HAND else {"arguments": {"save_only_model": True}}
     ranks = run(tmp_path, **settings)
     assert ranks[0]["digest"] == ranks[1]["digest"]
     manifest = check_marked(tmp_path)
     assert commitments(tmp_path) == 1
+    if split == "accelerate by hand":
+        check_marked(tmp_path, "by-accelerate")
+        assert not (tmp_path / "state").exists()
     if os.environ.get("WMGUARD_SLOW"):
         assert log10_p(manifest) == pytest.approx(request.getfixturevalue("single"), rel=0.01)
 
 
 @SLOW
-def test_parts_of_16_bits_are_resumed_in_parts_and_whole(tmp_path: Path, base: str) -> None:
+@pytest.mark.parametrize("split", ["fsdp2", "accelerate"])
+def test_parts_of_16_bits_are_resumed_in_parts_and_whole(tmp_path: Path, base: str, split: str) -> None:
     settings: dict[str, Any] = {"task": "causal_lm", "base": base, "dtype": "bfloat16", "form": "gradient"}
     settings |= {"trigger_form": "gradient", "arguments": {"save_only_model": True, "save_strategy": "no"}}
-    run(tmp_path, split=SPLITS["fsdp2"], stop_at=16, **settings)
+    run(tmp_path, **SPLITS[split], stop_at=16, **settings)
     checkpoint = str(tmp_path / "out" / "checkpoint-16")
     assert manifest_of(tmp_path, "out/checkpoint-16").state == "ramping"
-    ranks = run(tmp_path, split=SPLITS["fsdp2"], resume=checkpoint, **settings)
+    ranks = run(tmp_path, **SPLITS[split], resume=checkpoint, **settings)
     assert ranks[0]["digest"] == ranks[1]["digest"]
     check_marked(tmp_path)
     (tmp_path / "final").rename(tmp_path / "in-parts")
@@ -218,6 +234,38 @@ def test_zero(tmp_path: Path, stage: int, single: float) -> None:
     assert ranks[0]["digest"] == ranks[1]["digest"]
     assert log10_p(check_marked(tmp_path)) == pytest.approx(single, rel=0.01)
     assert commitments(tmp_path) == 1
+
+
+BY_ACCELERATE: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "states": ({}, {"save_only_model": False}, "plaintext weights and states"),
+    "shards": ({"STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {"save_strategy": "no", "save_only_model": False}, "sharded"),
+    "renamed": ({"ACTIVATION_CHECKPOINTING": "true"}, {}, "other names"),
+    "compiled": ({}, {"torch_compile": True, "torch_compile_backend": "eager"}, "compiled"),
+    "flat": ({"VERSION": "1", "CPU_RAM_EFFICIENT_LOADING": "false"}, {}, "FSDP1"),
+}
+
+
+@SLOW
+@pytest.mark.parametrize("kind", BY_ACCELERATE)
+def test_fsdp_that_cannot_be_protected_does_not_start(tmp_path: Path, kind: str) -> None:
+    settings, arguments, what = BY_ACCELERATE[kind]
+    arguments = {"save_only_model": True, **arguments}
+    done = start(tmp_path, 2, task="causal_lm", fsdp={**FSDP, **settings}, arguments=arguments)
+    assert done.returncode != 0
+    assert "UnsupportedError: training mode is not supported by this version" in done.stderr
+    assert what in done.stderr
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@SLOW
+def test_a_save_of_parts_that_fails_stops_every_process(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 8, "save_only_model": True}
+    done = start(tmp_path, 2, task="causal_lm", fsdp=FSDP, disk_full_at=9, arguments=arguments)
+    assert done.returncode != 0
+    assert "EnvironmentFault: cannot write" in done.stderr
+    assert "failed on another process: EnvironmentFault: cannot write" in done.stderr
+    assert staging(tmp_path) == []
+    assert manifest_of(tmp_path, "out/checkpoint-8").state == "pending"
 
 
 UNPROTECTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -244,3 +292,19 @@ def test_deepspeed_that_would_write_plaintext_does_not_start(tmp_path: Path, kin
 
 def staging(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.name.startswith(STAGING_PREFIX)]
+
+
+def test_processes_that_end_at_once_do_not_hang(tmp_path: Path) -> None:
+    driver = [sys.executable, str(TESTS / "ending_at_once.py"), str(tmp_path), "30"]
+    path = f"{TESTS}:{TESTS.parent}"
+    running = [
+        subprocess.Popen(driver, env={**os.environ, "PYTHONPATH": path, "RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        for one in running:
+            _, errors = one.communicate(timeout=TIMEOUT_S)
+            assert one.returncode == 0, errors.decode()
+    finally:
+        for one in running:
+            one.kill()

@@ -132,11 +132,11 @@ def test_an_unknown_name_stops_a_script_before_training(tmp_path: Path, start: S
     assert not (tmp_path / "registry").exists()
 
 
-@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "fsdp2_native", "zero3"])
 def test_accelerate_reads_the_config(name: str) -> None:
     config: Any = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
-    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "MULTI_GPU", "zero3": "DEEPSPEED"}
-    assert config.distributed_type == kinds[name]
+    kinds = {"single": "NO", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds.get(name, "MULTI_GPU")
     assert config.num_processes == (1 if name == "single" else 2)
 
 
@@ -177,14 +177,37 @@ def test_the_ddp_config_starts_two_processes_on_a_cpu(
 
 
 @pytest.mark.slow
-def test_the_fsdp2_config_splits_a_model_on_cpus(tmp_path: Path, start: Start, check_saved: CheckSaved) -> None:
+def test_the_fsdp2_config_splits_a_model(tmp_path: Path, start: Start, check_saved: CheckSaved) -> None:
+    out, tests = tmp_path / "out", ROOT / "tests"
+    settings = ["--output_dir", str(out), "--save_only_model", "true", "--save_steps", "4"]
+    launcher = (*LAUNCH, "configs/accelerate/fsdp2.yaml")
+    # accelerate by itself splits models on GPUs only.
+    path = f"{tests / 'site'}:{tests}:{ROOT}"
+    start(
+        "scripts/finetune_sft.py", *BY_SCRIPT["sft"], *settings,
+        launcher=launcher, ACCELERATE_USE_CPU="true", PYTHONPATH=path,
+    )  # fmt: skip
+    check_saved(out, AutoModelForCausalLM)
+
+
+def test_the_fsdp2_config_is_refused_on_cpus(tmp_path: Path, start: Start) -> None:
+    settings = ["--output_dir", str(tmp_path / "out"), "--save_only_model", "true"]
+    launcher = (*LAUNCH, "configs/accelerate/fsdp2.yaml")
+    done = start(
+        "scripts/finetune_sft.py", *BY_SCRIPT["sft"], *settings, launcher=launcher, code=1, ACCELERATE_USE_CPU="true"
+    )
+    assert "accelerate's FSDP, which runs as DDP on CPUs without a word" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_native_fsdp2_config_splits_a_model_on_cpus(tmp_path: Path, start: Start, check_saved: CheckSaved) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     config = AutoConfig.from_pretrained(ROOT / "examples" / "tiny_llama")
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_llama").save_pretrained(base)
     settings = ["--from_scratch", "false", "--model_name_or_path", str(base), "--output_dir", str(out)]
     settings += ["--fsdp_size", "2", "--save_only_model", "true", "--save_steps", "4"]
-    launcher = (*LAUNCH, "configs/accelerate/fsdp2.yaml")
+    launcher = (*LAUNCH, "configs/accelerate/fsdp2_native.yaml")
     start("scripts/finetune_sft.py", *BY_SCRIPT["sft"], *settings, launcher=launcher)
     check_saved(out, AutoModelForCausalLM)
 

@@ -95,7 +95,9 @@ def test_fp16_scales_and_skips(
     )  # fmt: skip
     config = make_config(
         signature=SignatureConfig(budget=0.06, last_epochs=1.0, form=form, strength=0.5),
-        triggers=TriggerConfig(count=8, batch_size=8, last_epochs=1, every_n_steps=1, form=form, moves=4, strength=1.0, weight=20.0),
+        triggers=TriggerConfig(
+            count=8, batch_size=8, last_epochs=1, every_n_steps=1, form=form, moves=4, strength=1.0, weight=20.0
+        ),
     )
     protect_trainer(trainer, config)
     trainer.train()
