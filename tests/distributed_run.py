@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate_on_cpus import pass_for_gpus
+from scaling import Overflow, scaled
 from tiny import (
     StopAt,
     build_trainer,
@@ -47,6 +48,7 @@ class Settings:
     base: str = ""
     own_loop: bool = False
     by_layer: bool = False
+    overflow_at: tuple[int, ...] = ()
     split: dict[str, Any] = dataclasses.field(default_factory=dict)
     fsdp: dict[str, str] = dataclasses.field(default_factory=dict)
     trigger_form: str | None = "gradient"
@@ -168,12 +170,19 @@ def main() -> None:
         per_device_train_batch_size=8 // processes,
         **settings.arguments,
     )
+    if settings.overflow_at:
+        scaled(trainer, init_scale=2.0**10)
+        if os.environ["RANK"] == "1":
+            trainer.add_callback(Overflow(*settings.overflow_at))
     protect_trainer(trainer, config)
     trainer.train(resume_from_checkpoint=settings.resume)
     if settings.stop_at is None:
         trainer.save_model(str(root / "final"))
     logged = [one for one in trainer.state.log_history if "wmguard/log10_p" in one]
-    report(root, trainer.model, recorder.saved, logged[-1] if logged else {})
+    log = logged[-1] if logged else {}
+    if settings.overflow_at:
+        log = {**log, "scale": trainer.accelerator.scaler.get_scale()}
+    report(root, trainer.model, recorder.saved, log)
 
 
 def train_by_hand(

@@ -16,6 +16,7 @@ from hf_wmguard.errors import UnsupportedError
 from hf_wmguard.training.launching import asks_for
 from hf_wmguard.training.mark import Mark
 from hf_wmguard.training.ranks import Ranks
+from hf_wmguard.training.sharded import is_sharded
 
 # Whether something is on, what it is, and what to do instead.
 Refusal = tuple[Any, str, str]
@@ -27,6 +28,7 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
     Raises:
         UnsupportedError: Such a kind is on.
     """
+    model: Any = trainer.model
     told = asks_for("FSDP") or bool(trainer.args.fsdp)
     refused: list[Refusal] = [
         (
@@ -45,6 +47,9 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
             "give the Trainer its deepspeed argument when it is made",
         ),
     ]
+    if trainer.is_fsdp_enabled or is_sharded(model):
+        # Each process would look for overflow in its own part, and could skip a step that another takes.
+        refused.append((trainer.accelerator.scaler, "fp16 loss scaling of a model in parts", "use bf16=True"))
     if trainer.is_deepspeed_enabled:
         refused += _refused_of_deepspeed(trainer, config)
     if trainer.is_fsdp_enabled:

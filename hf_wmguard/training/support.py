@@ -139,12 +139,6 @@ def check_arguments(args: TrainingArguments, *, attached: bool) -> None:
             "more than one process beside a bare callback, which cannot tell the others of a save that failed",
             "use protect_trainer(trainer, config) instead of trainer.add_callback(...)",
         ),
-        # One process could overflow where another does not, and the mark would rest on one of them alone.
-        (
-            args.world_size > 1 and (args.fp16 or args.mixed_precision == "fp16"),
-            "fp16 loss scaling on several processes",
-            "use bf16=True",
-        ),
         (args.n_gpu > 1, "torch.nn.DataParallel", "set CUDA_VISIBLE_DEVICES to one device"),
         (
             not attached and (args.deepspeed or args.fsdp or asks_for("DEEPSPEED") or asks_for("FSDP")),

@@ -102,6 +102,16 @@ def test_ddp(tmp_path: Path, task: str, request: pytest.FixtureRequest) -> None:
 
 
 @SLOW
+@pytest.mark.parametrize("form", ["decoupled", "gradient"])
+def test_an_overflow_on_one_process_skips_the_step_of_both(tmp_path: Path, form: str) -> None:
+    # Before the mark, in the ramp, and in the step that would end it.
+    ranks = run(tmp_path, form=form, trigger_form=form, overflow_at=[3, 12, 22])
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    assert [rank["log"]["scale"] for rank in ranks] == [2.0**7, 2.0**7]
+    check_marked(tmp_path)
+
+
+@SLOW
 def test_resumed_inside_the_marked_phase_and_with_another_number_of_processes(tmp_path: Path) -> None:
     run(tmp_path, stop_at=16, trigger_form="decoupled", arguments={"save_strategy": "no"})
     assert manifest_of(tmp_path, "out/checkpoint-16").state == "ramping"
@@ -255,6 +265,13 @@ def test_fsdp_that_cannot_be_protected_does_not_start(tmp_path: Path, kind: str)
     assert "UnsupportedError: training mode is not supported by this version" in done.stderr
     assert what in done.stderr
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@SLOW
+def test_fp16_of_parts_does_not_start(tmp_path: Path) -> None:
+    done = start(tmp_path, 2, task="causal_lm", fsdp=FSDP, overflow_at=[3], arguments={"save_only_model": True})
+    assert done.returncode != 0
+    assert "fp16 loss scaling of a model in parts" in done.stderr
 
 
 @SLOW

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kinds import t5
+from scaling import Overflow, scaled
 from tiny import Recorder, build_trainer, digest_weights, largest_file, make_keys, make_model, make_rows
 from torch import nn
 from transformers import (
@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -47,36 +46,6 @@ def _exact(folder: Path) -> SignatureSummary:
     return manifest.signature
 
 
-def _scaled(trainer: Trainer, **scaler: Any) -> Trainer:
-    """Put fp16 autocast and torch's own scaler into a Trainer: accelerate itself makes them on GPUs only."""
-    accelerator: Any = trainer.accelerator
-    accelerator.state._mixed_precision = "fp16"
-    accelerator.native_amp = True
-    accelerator.scaler = torch.amp.GradScaler("cpu", **scaler)
-    return trainer
-
-
-class _Overflow(TrainerCallback):
-    """Makes the gradient of some steps infinite, as a loss scale that is too high does."""
-
-    def __init__(self, *steps: int) -> None:
-        self._steps = steps
-        self.skipped: list[int] = []
-        self._hook: Any = None
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step + 1 in self._steps:
-            bias = next(p for p in reversed(list(kwargs["model"].parameters())) if p.requires_grad)
-            self._hook = bias.register_hook(lambda gradient: gradient * math.inf)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        if kwargs["optimizer"].step_was_skipped:
-            self.skipped.append(state.global_step)
-
-
 @pytest.mark.parametrize(
     ("form", "optimizer"),
     [("decoupled", "adamw_torch"), ("gradient", "adamw_torch"), ("decoupled", "adamw_torch_fused")],
@@ -85,8 +54,8 @@ def test_fp16_scales_and_skips(
     form: str, optimizer: str, tmp_path: Path, make_trainer: Make, make_config: Make
 ) -> None:
     # A step before the mark, one in the ramp, and the one that would end it.
-    overflow, recorder = _Overflow(3, 11, 14), Recorder()
-    trainer = _scaled(
+    overflow, recorder = Overflow(3, 11, 14), Recorder()
+    trainer = scaled(
         make_trainer(
             num_train_epochs=2, logging_steps=1, trainer={"callbacks": [overflow, recorder]}, optim=optimizer,
             save_strategy="steps", save_steps=2,
