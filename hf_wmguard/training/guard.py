@@ -24,7 +24,7 @@ from hf_wmguard.suspects.protected import OPTIMIZER_NAME
 from hf_wmguard.training.accelerate_state import guard_accelerator
 from hf_wmguard.training.delivering import DELIVERY, deliver_folder, push_saved
 from hf_wmguard.training.loop_checks import check_loop, check_run
-from hf_wmguard.training.loop_gate import Evaluate, LoopGate
+from hf_wmguard.training.loop_gate import QUALITY_NAME, Evaluate, LoopGate
 from hf_wmguard.training.mark import Beside, Mark
 from hf_wmguard.training.optimizer import OptimizerGuard, state_context
 from hf_wmguard.training.ranks import Ranks
@@ -231,10 +231,9 @@ class Guard:
                 return manifest
             if self._processing_class is not None:
                 self._processing_class.save_pretrained(folder)
-            if not resumable:
-                # One of an older save: it fits these weights no more.
-                (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
-            self._gate.write(folder, resumable=resumable)
+            # Of an older save: they fit these weights no more.
+            for name in () if resumable else (OPTIMIZER_NAME, QUALITY_NAME):
+                (folder / name).unlink(missing_ok=True)
         return manifest
 
     def resume(self, folder: str | Path) -> int:
@@ -330,6 +329,7 @@ class Guard:
         # Staged with the weights: a process that dies meanwhile leaves the old save, or a new one that is whole.
         context = state_context(self.config.model_id, self.config.iteration, set_id)
         self._state.write(folder, context, self._optimizer.state_dict())
+        self._gate.write(folder)
 
     def _save_model(self, folder: Path, *, resumable: bool, beside: Beside | None = None) -> Manifest:
         if resumable:
@@ -351,10 +351,8 @@ class Guard:
         return self._saved
 
     def _save_state(self, folder: Path) -> None:
-        self._state.follow(folder, self._save_model(folder, resumable=True), writes=self._ranks.is_main)
-        with self._ranks.together(f"saving {folder}"):
-            if self._ranks.is_main:
-                self._gate.write(folder, resumable=True)
+        manifest = self._save_model(folder, resumable=True, beside=lambda staging, _: self._gate.write(staging))
+        self._state.follow(folder, manifest, writes=self._ranks.is_main)
 
     def _load_state(self, folder: Path) -> None:
         self._load_model(folder)

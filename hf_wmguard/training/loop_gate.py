@@ -91,14 +91,13 @@ class LoopGate:
         """Return what has been measured, under the names that a Trainer logs."""
         return {} if self._gate is None else self._gate.metrics()
 
-    def write(self, folder: Path, *, resumable: bool) -> None:
-        """Write beside a save what a resumed run has to know, or take away what an older save has left there.
+    def write(self, folder: Path) -> None:
+        """Write into a save what a resumed run has to know, if anything.
 
         Raises:
             EnvironmentFault: It cannot be written.
         """
-        if self._gate is None or not resumable:
-            (folder / QUALITY_NAME).unlink(missing_ok=True)
+        if self._gate is None:
             return
         values = {"before": self._gate.before, "losses": self._gate.recent, "paused": self._mark.paused}
         write_atomic(folder / QUALITY_NAME, json.dumps(values).encode() + b"\n")
