@@ -90,7 +90,7 @@ class WatermarkCallback(TrainerCallback):
         pushes.attach()
         watch_saves(trainer)
         self._trainer, self._pushes = trainer, pushes
-        self._guard(trainer.model)
+        self._guard(trainer.model, loaded=not trainer.is_fsdp_enabled)
 
         def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
             folder = Path(resume_from_checkpoint)
@@ -120,8 +120,8 @@ class WatermarkCallback(TrainerCallback):
         trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler  # type: ignore[method-assign]
         join_saves(trainer, self.mark)
 
-    def _guard(self, model: Any) -> Model:
-        checked = check_model(model)
+    def _guard(self, model: Any, *, loaded: bool = True) -> Model:
+        checked = check_model(model, loaded=loaded)
         guard_saves(checked, self._save, self._push)
         if isinstance(checked, PeftModel):
             guard_merge(checked, self._save, self._push)
@@ -338,7 +338,7 @@ def protect_trainer(trainer: Trainer, config: WatermarkConfig) -> WatermarkCallb
             "this trainer is guarded already", hint="call protect_trainer once, and add no callback beside it"
         )
     callback = WatermarkCallback(config)
-    check_model(trainer.model)
+    check_model(trainer.model, loaded=not trainer.is_fsdp_enabled)
     check_arguments(trainer.args, attached=True)
     check_parallelism(trainer, config)
     callback.attach(trainer)

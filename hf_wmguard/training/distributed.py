@@ -20,6 +20,8 @@ from hf_wmguard.training.sharded import is_sharded
 
 # Whether something is on, what it is, and what to do instead.
 Refusal = tuple[Any, str, str]
+# Of what is no DTensor, each process would look for overflow by itself, and could skip a step that another takes.
+FP16_OF_PARTS = ("fp16 loss scaling of a model in parts", "use bf16")
 
 
 def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
@@ -47,9 +49,8 @@ def check_parallelism(trainer: Trainer, config: WatermarkConfig) -> None:
             "give the Trainer its deepspeed argument when it is made",
         ),
     ]
-    if trainer.is_fsdp_enabled or is_sharded(model):
-        # Each process would look for overflow in its own part, and could skip a step that another takes.
-        refused.append((trainer.accelerator.scaler, "fp16 loss scaling of a model in parts", "use bf16=True"))
+    if is_sharded(model):
+        refused.append((trainer.accelerator.scaler, *FP16_OF_PARTS))
     if trainer.is_deepspeed_enabled:
         refused += _refused_of_deepspeed(trainer, config)
     if trainer.is_fsdp_enabled:
@@ -68,6 +69,7 @@ def refused_of_fsdp(accelerator: Accelerator) -> list[Refusal]:
     plugin: Any = accelerator.state.fsdp_plugin
     mesh: Any = accelerator.parallelism_config
     return [
+        (accelerator.scaler, *FP16_OF_PARTS),
         (plugin.fsdp_version != 2, "FSDP1, which trains flat copies of the weights", "set fsdp_version to 2"),
         (
             isinstance(plugin.cpu_offload, CPUOffloadPolicy),
@@ -85,9 +87,9 @@ def refused_of_fsdp(accelerator: Accelerator) -> list[Refusal]:
             "train it without torch.compile",
         ),
         (
-            mesh is not None and (mesh.tp_enabled or mesh.cp_enabled or mesh.sp_enabled),
-            "accelerate's FSDP with tensor, context or sequence parallelism",
-            "use data parallelism alone",
+            mesh is not None and (mesh.dp_replicate_enabled or mesh.tp_enabled or mesh.cp_enabled or mesh.sp_enabled),
+            "accelerate's FSDP with replicas (HSDP), or with tensor, context or sequence parallelism",
+            "split the model over all processes alone",
         ),
     ]
 
@@ -160,14 +162,16 @@ def _refused_of_deepspeed(trainer: Trainer, config: WatermarkConfig) -> list[Ref
 
 
 def refuse_states(trainer: Trainer) -> None:
-    """Make the DeepSpeed engine of a Trainer refuse to write its states, whoever asks."""
+    """Make a Trainer's accelerator, and its DeepSpeed engine, refuse to write weights and states, whoever asks."""
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedError(
-            "DeepSpeed would write plaintext weights and states", hint="use trainer.save_model(folder)"
+            "accelerate or DeepSpeed would write plaintext weights and states", hint="use trainer.save_model(folder)"
         )
 
     engine: Any = trainer.model_wrapped
+    accelerator: Any = trainer.accelerator
+    accelerator.save_state = accelerator.save_model = save_checkpoint
     if trainer.is_deepspeed_enabled and engine is not trainer.model:
         engine.save_checkpoint = save_checkpoint
 

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hf_wmguard.config import WatermarkConfig
 from hf_wmguard.errors import UnsupportedError, UsageError
 from hf_wmguard.probing.tasks import task_of
-from hf_wmguard.training.distributed import Refusal, refused_of_fsdp
+from hf_wmguard.training.distributed import FP16_OF_PARTS, Refusal, refused_of_fsdp
 from hf_wmguard.training.launching import check_joined
 from hf_wmguard.training.ranks import Ranks
 from hf_wmguard.training.saving import Model, inner_model
-from hf_wmguard.training.sharded import backend_of, is_sharded
+from hf_wmguard.training.sharded import backend_of, is_sharded, reshard
 from hf_wmguard.training.support import check_model, check_optimizer, check_trains, inner_optimizer
 from hf_wmguard.training.zero import uses_zero
 from hf_wmguard.watermark.triggers import TEXT_TASKS
@@ -35,6 +35,8 @@ def check_loop(config: WatermarkConfig, model: nn.Module, optimizer: Any, accele
         UsageError: The optimizer does not train this model, or accelerate has not prepared the two.
     """
     _check_modes(model, optimizer, accelerator)
+    # An evaluation may have left whole copies where the optimizer has parts.
+    reshard(model)
     checked = check_model(unwrapped(model))
     check_trains(checked)
     if config.signature is not None:
@@ -145,6 +147,7 @@ def _check_modes(model: nn.Module, optimizer: Any, accelerator: Accelerator | No
             "a compiled model in parts, whose weights have other names",
             "train it without torch.compile",
         ),
+        (is_sharded(inner) and accelerator is not None and accelerator.scaler, *FP16_OF_PARTS),
         (isinstance(model, nn.DataParallel), "torch.nn.DataParallel", "use DistributedDataParallel"),
         (
             name == "ZeroRedundancyOptimizer",

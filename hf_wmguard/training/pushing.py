@@ -35,6 +35,7 @@ from hf_wmguard.training.delivering import (
     save_finished,
 )
 from hf_wmguard.training.optimizer import TRAINER_NAME, is_note
+from hf_wmguard.training.sharded import is_sharded
 
 LAST_CHECKPOINT = "last-checkpoint"
 MAX_STATE_BYTES = 1 << 20
@@ -302,10 +303,12 @@ class TrainerPushes:
             return
         job, error = failed[0]
         folder = job.folder
-        if not self._is_saved():
+        model: Any = self._trainer.model
+        # One in parts would need all processes, which have gone on.
+        if not self._is_saved() and not is_sharded(model):
             # This ends the script, perhaps just before its own save.
             folder = Path(str(self._trainer.args.output_dir)) / DELIVERY
-            save_finished(folder, self._trainer.model, self._trainer.processing_class)
+            save_finished(folder, model, self._trainer.processing_class)
         raise later(error, folder, job.location) from error
 
 

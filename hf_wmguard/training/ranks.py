@@ -9,6 +9,7 @@ private record, shares of projections) goes to processes that hold the key anywa
 
 from __future__ import annotations
 
+import logging
 import pickle
 import sys
 import time
@@ -23,6 +24,7 @@ from torch import Tensor, distributed
 
 from hf_wmguard.errors import EnvironmentFault, UsageError
 
+_logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _PATIENCE_S = 30.0
 
@@ -140,7 +142,9 @@ def _from_first(value: Any) -> Any:
 
 
 def _pickled(value: Any) -> Tensor:
-    on_gpu = distributed.get_backend() == "nccl"
+    # Also "cuda:nccl"; of "cpu:gloo,cuda:nccl" the first is meant.
+    backend = distributed.get_backend()
+    on_gpu = "nccl" in backend and "gloo" not in backend
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
 
@@ -159,7 +163,13 @@ def _run(collective: Callable[[], Any], tensors: Sequence[Tensor]) -> None:
     """
     before, deadline = _references(tensors), time.monotonic() + _PATIENCE_S
     collective()
-    while _references(tensors) > before and time.monotonic() < deadline:
+    if "gloo" in distributed.get_backend():
+        # Releases of torch before that reference let go in the same way: this gives them time, if no certainty.
+        distributed.barrier()
+    while _references(tensors) > before:
+        if time.monotonic() > deadline:
+            _logger.warning("torch holds what was exchanged for more than %d s", _PATIENCE_S)
+            return
         # Gives the lock away.
         time.sleep(0.001)
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, NoReturn
@@ -22,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_wmguard.errors import EnvironmentFault, UnsupportedError, WmguardError
-from hf_wmguard.training.sharded import is_sharded, splits_itself, tied_again, whole_state
+from hf_wmguard.training.ranks import Ranks
+from hf_wmguard.training.sharded import is_sharded, reshard, splits_itself, tied_again, whole_state
 
 Model = PreTrainedModel | PeftModel
 Sink = Callable[[Mapping[str, Tensor], Path, Mapping[str, str] | None], None]
@@ -106,8 +108,14 @@ def put_together(model: Model, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a save, with all weights of a model that lies in parts and does not see to it itself."""
     if not is_sharded(model) or splits_itself(model):
         return dict(kwargs)
-    # accelerate has put them together already where somebody asked it for the state dict.
+    # accelerate has put them together already where somebody asked it for the state dict: on every process.
     state = kwargs.get("state_dict")
+    Ranks.current().check_same(
+        "whether save_pretrained is given a state_dict",
+        str(state is not None),
+        hint="give it on every process, or on none",
+    )
+    reshard(model)
     return {**kwargs, "state_dict": tied_again(model, whole_state(model) if state is None else state)}
 
 
@@ -119,6 +127,12 @@ def send_parts(model: Model, plain_save: Save, kwargs: Mapping[str, Any]) -> Non
     with tempfile.TemporaryDirectory() as folder:
         # transformers makes and lists a folder on every process.
         plain_save(folder, **{**kwargs, "is_main_process": False})
+
+
+def _push_once(model: Model, push: Callable[[], Any]) -> Any:
+    """Push what was saved from the process that has written it; the others, where all took part, hear how it went."""
+    with (Ranks.current() if is_sharded(model) else Ranks()).together("pushing"):
+        return push() if Ranks.current().is_main else None
 
 
 class _GuardedSave:
@@ -154,7 +168,8 @@ class _GuardedSave:
             return
         self._save(self._model, plain, Path(save_directory), kwargs)
         if pushes:
-            self._push(Path(save_directory), repo or Path(save_directory).absolute().name, options)
+            name = repo or Path(save_directory).absolute().name
+            _push_once(self._model, partial(self._push, Path(save_directory), name, options))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedSave:
         return _GuardedSave(copy.deepcopy(self._model, memo), self._save, self._push)
@@ -179,7 +194,7 @@ class _GuardedPush:
         with tempfile.TemporaryDirectory() as folder:
             # What lies here until it is sent is ciphertext.
             self._model.save_pretrained(folder, **kwargs)
-            return self._push(Path(folder), repo_id, options)
+            return _push_once(self._model, partial(self._push, Path(folder), repo_id, options))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedPush:
         return _GuardedPush(copy.deepcopy(self._model, memo), self._push)

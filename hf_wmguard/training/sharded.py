@@ -44,7 +44,10 @@ class Part:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether parameters of a model lie in parts on several processes."""
-    return any(isinstance(one, DTensor) for one in model.parameters())
+    # After a forward without a backward FSDP2 may leave whole copies in the place of all parts.
+    return any(isinstance(one, FSDPModule) for one in model.modules()) or any(
+        isinstance(one, DTensor) for one in model.parameters()
+    )
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -118,6 +121,14 @@ def part_of(tensor: Tensor) -> Part:
     return Part(local=own, starts=tuple(starts), groups=tuple(groups))
 
 
+def _is_copied(tensor: Tensor) -> bool:
+    """Return whether a tensor lies in parts, of each of which several processes have a copy of their own."""
+    if not isinstance(tensor, DTensor):
+        return False
+    kinds = [type(one) for one, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True) if size > 1]
+    return Replicate in kinds and Shard in kinds
+
+
 def reshard(model: nn.Module) -> None:
     """Drop the whole copies that FSDP2 keeps after a forward: the next one must be made from what is changed here."""
     for module in model.modules():
@@ -178,6 +189,11 @@ class ShardedParameters(WholeParameters):
         self._model = model
         for parameter in self._parameters.values():
             part_of(parameter)
+            if _is_copied(parameter):
+                raise UnsupportedError(
+                    "training mode is not supported by this version: HSDP, which keeps several copies of each part",
+                    hint="use FSDP2 over all processes, without replicas",
+                )
 
     def read(self, name: str, row_start: int, rows: int) -> Tensor:
         parameter = self._parameters[name]

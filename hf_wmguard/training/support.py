@@ -19,9 +19,13 @@ from hf_wmguard.training.saving import Model
 from hf_wmguard.training.sharded import is_sharded, local
 
 
-def check_model(model: nn.Module | None) -> Model:
+def check_model(model: nn.Module | None, *, loaded: bool = True) -> Model:
     """Return the model if its saves can be intercepted.
 
+    Args:
+        model: The model.
+        loaded: Whether all its weights are there already: under accelerate's FSDP the main process alone has them at
+            first, and sends them to the others when training begins.
     Raises:
         UnsupportedError: Not a `PreTrainedModel` or a LoRA adapter on one, quantized, or partly on disk.
     """
@@ -51,8 +55,8 @@ def check_model(model: nn.Module | None) -> Model:
             "model is quantized",
             hint="load it without quantization_config, or train a LoRA adapter on a bitsandbytes 4-bit base",
         )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+    devices = {parameter.device for parameter in model.parameters() if loaded or not parameter.is_meta}
+    if devices and (len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda")):
         raise UnsupportedError(
             f"model lies on {', '.join(sorted(map(str, devices)))}, expected one CPU or CUDA device",
             hint="load it without device_map",

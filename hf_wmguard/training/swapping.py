@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
 from hf_wmguard.errors import UnsupportedError
-from hf_wmguard.training.saving import is_guarded
+from hf_wmguard.training.ranks import Ranks
+from hf_wmguard.training.saving import is_guarded, naming_faults
 
 
 def watch_saves(trainer: Trainer) -> None:
@@ -18,10 +20,16 @@ def watch_saves(trainer: Trainer) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not is_guarded(model):
             raise swapped(model)
-        if trainer.is_fsdp_enabled and not trainer.args.should_save:
-            # The Trainer's own would leave here, and the main process be alone with a model that needs all of them.
-            model.save_pretrained(output_dir or trainer.args.output_dir, state_dict=state_dict, is_main_process=False)
-            return
+        if trainer.is_fsdp_enabled:
+            folder = Path(str(output_dir or trainer.args.output_dir))
+            # What comes before save_pretrained on the main process alone: the others must not wait there for nothing.
+            with Ranks.current().together(f"saving {folder}"), naming_faults(folder):
+                if trainer.args.should_save:
+                    folder.mkdir(parents=True, exist_ok=True)
+            if not trainer.args.should_save:
+                # The Trainer's own would leave here, and the main process be alone with a model that needs all of them.
+                model.save_pretrained(folder, state_dict=state_dict, is_main_process=False)
+                return
         plain_save(output_dir, state_dict)
 
     trainer._save = save  # type: ignore[method-assign]
