@@ -14,7 +14,7 @@ from loops import Loop, weights_of
 from test_interrupted_saves import largest_file
 from tiny import StopAt, digest_weights, make_model, make_rows
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from hf_wmguard import (
     Guard,
@@ -232,6 +232,21 @@ def test_a_callback_beside_a_guarded_trainer_is_refused(make_trainer: MakeTraine
     assert "no callback beside" in caught.value.hint
     trainer.remove_callback(second)
     trainer.train()
+
+
+@pytest.mark.parametrize("name", ["save_state", "save_model"])
+def test_what_accelerate_would_write_is_refused(
+    name: str, tmp_path: Path, make_trainer: MakeTrainer, config: WatermarkConfig
+) -> None:
+    class Saving(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            with pytest.raises(UnsupportedError, match="plaintext"):
+                getattr(trainer.accelerator, name)(str(tmp_path / "state"))
+
+    trainer = make_trainer(max_steps=2, save_strategy="no", trainer={"callbacks": [Saving()]})
+    protect_trainer(trainer, config)
+    trainer.train()
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_compiled_model_is_compiled_by_the_trainer(
