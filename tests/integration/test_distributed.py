@@ -332,7 +332,7 @@ def staging(root: Path) -> list[Path]:
 
 
 def test_processes_that_end_at_once_do_not_hang(tmp_path: Path) -> None:
-    driver = [sys.executable, str(TESTS / "ending_at_once.py"), str(tmp_path), "30"]
+    driver = [sys.executable, str(TESTS / "ending_at_once.py"), str(tmp_path), "12"]
     path = f"{TESTS}:{TESTS.parent}"
     running = [
         subprocess.Popen(driver, env={**os.environ, "PYTHONPATH": path, "RANK": str(rank)}, stderr=subprocess.PIPE)
