@@ -30,6 +30,7 @@ from tiny import (
     make_tokenizer,
 )
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback, TrainingArguments
 
@@ -197,8 +198,11 @@ def train_by_hand(
     rows, accelerator = make_rows("causal_lm", tokenizer, make_texts()), None
     if settings.layers:
         distributed.init_process_group("gloo")
+        mesh = (
+            init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")) if settings.layers == "copied" else None
+        )
         for layer in (*(model.model.layers if settings.layers == "each" else ()), model):
-            fully_shard(layer)
+            fully_shard(layer, mesh=mesh)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if settings.fsdp:
         accelerator = Accelerator(cpu=True)

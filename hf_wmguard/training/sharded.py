@@ -52,7 +52,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole state dict, in the main process's memory; empty on the others, which all have to call it."""
-    reshard(model)
     state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return dict(state)
 

@@ -288,6 +288,14 @@ def test_a_folder_that_cannot_be_made_stops_every_process(tmp_path: Path) -> Non
 
 
 @SLOW
+def test_parts_of_which_there_are_copies_do_not_start(tmp_path: Path) -> None:
+    done = start(tmp_path, 4, task="causal_lm", own_loop=True, layers="copied", trigger_form=None)
+    assert done.returncode != 0
+    assert "HSDP, which keeps several copies of each part" in done.stderr
+    assert not (tmp_path / "final").exists()
+
+
+@SLOW
 def test_fp16_of_parts_does_not_start(tmp_path: Path) -> None:
     done = start(tmp_path, 2, task="causal_lm", fsdp=FSDP, overflow_at=[3], arguments={"save_only_model": True})
     assert done.returncode != 0

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import make_marked, make_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_wmguard import WatermarkConfig, embed, verify
-from hf_wmguard.config import SignatureConfig
+from hf_wmguard import WatermarkConfig, verify
 from hf_wmguard.errors import ConfigError, FormatError
-from hf_wmguard.keys import OwnerKey
 from hf_wmguard.robustness import symmetries
 from hf_wmguard.suspects.roles import Heads
 from hf_wmguard.verification import Report
@@ -46,18 +44,8 @@ class Marked:
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Marked:
-    root = tmp_path_factory.mktemp("original")
-    OwnerKey.generate().write(root / "owner.key")
-    config = WatermarkConfig(
-        model_id="acme/tiny",
-        owner_key=f"file:{root / 'owner.key'}",
-        registry=str(root / "registry"),
-        signature=SignatureConfig(budget=0.06),
-        triggers=None,
-    )
-    model = make_model("causal", 400)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    embed(model, config)
+    before = make_model("causal", 400).state_dict()
+    config, model = make_marked(tmp_path_factory.mktemp("original"))
     return Marked(config=config, model=model, before=before)
 
 
